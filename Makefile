@@ -1,0 +1,38 @@
+# make setup | demo | test | test-slow | lint | clean
+# PYTHON=python3.12        the Python that the environment is made with, 3.10 or newer
+# TORCH_INDEX=URL          one more pip index, such as PyTorch's own for its CPU-only builds
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.setup-done
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("gsr needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,train,bench]' \
+	    -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $(STAMP)
+
+demo: setup
+	@mkdir -p out
+	$(BIN)/gsr upscale assets/demo.jpg --scale 3.7 -o out/demo_x3.7.png \
+	    --compare out/demo_x3.7_compare.png
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,167 @@
+"""Models on disk: a folder of config.json, model.safetensors and README.md that rebuilds itself.
+
+Published checkpoints, which are single .pth files, are read too, by `gsr.models.published`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gsr.config import ModelConfig, from_dict, to_dict
+from gsr.errors import InputError
+
+if TYPE_CHECKING:
+    from gsr.models import GaussianSR
+
+FORMAT = 1  # of config.json; raised when older code could not read it any more
+BUNDLED = Path(__file__).parent / "weights" / "gsr-lite"
+_FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
+
+
+@dataclass
+class _File:
+    """What config.json holds."""
+
+    format: int = FORMAT
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def load(path: str | os.PathLike | None = None) -> GaussianSR:
+    """The model at `path`, or the bundled one, on the CPU in evaluation mode.
+
+    See `load_model`. Raises InputError also if this installation has no bundled model.
+    """
+    if path is None and not (BUNDLED / "config.json").is_file():
+        raise InputError(
+            f"this installation of gsr has no bundled model ({BUNDLED.name}); "
+            "name a model folder, or reinstall the package"
+        )
+    return load_model(BUNDLED if path is None else path)
+
+
+def load_model(path: str | os.PathLike) -> GaussianSR:
+    """A GaussianSR from a folder that `save_model` wrote, or from a published .pth file.
+
+    On the CPU, in float32 and in evaluation mode. Nothing in the folder is ever executed. Raises
+    InputError if something is missing, damaged, of an unknown format, or if the tensors are not
+    exactly those that the config calls for.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such model; name a model folder or a .pth file")
+    if path.is_file():
+        if path.suffix.lower() not in (".pth", ".pt"):
+            raise InputError(
+                f"{path} is no model; name the folder that holds config.json and "
+                "model.safetensors, or a published .pth file"
+            )
+        from gsr.models.published import load_published
+
+        return load_published(path)
+    config = _read_config(path / "config.json")
+    tensors = _read_tensors(path / "model.safetensors")
+
+    from gsr.models import GaussianSR
+
+    model = GaussianSR(config)
+    _fill(model, tensors, path / "model.safetensors")
+    return model.eval()
+
+
+def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None = None) -> None:
+    """Write a model to a folder (made if need be): config.json, model.safetensors, README.md.
+
+    A file is replaced only once its successor is complete. `readme` is the model card, in
+    Markdown; without one an existing card is kept, or a card with the bare facts is written.
+    Raises InputError if the folder cannot be made or written to.
+    """
+    from safetensors.torch import save
+
+    from gsr.image import write_atomic
+
+    folder = Path(folder)
+    # contiguous: weights may be channels_last, which a safetensors file cannot say.
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    config = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2) + "\n"
+    contents = {
+        "model.safetensors": save(tensors, metadata={"format": "pt"}),
+        "config.json": config.encode(),
+    }
+    if readme is not None:
+        contents["README.md"] = readme.encode()
+    elif not (folder / "README.md").exists():
+        contents["README.md"] = _card(model).encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: the model cannot be saved there ({error})") from None
+    for name in _FILES:
+        if name in contents:
+            write_atomic(folder / name, contents[name])
+
+
+def _card(model: GaussianSR) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return (
+        f"# GaussianSR, mode {model.config.mode}\n\n"
+        f"{count:,} parameters. Load it with `gsr.load(folder)`, use it with `gsr.upscale` or "
+        "`gsr upscale --model FOLDER`.\n\nLicence, training data, protocol and metrics: not stated.\n"
+    )
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold an object with the keys format and model")
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{path} has format {content.get('format')!r}, but this version of gsr reads format "
+            f"{FORMAT}; update gsr or save the model again"
+        )
+    if "model" not in content:
+        raise InputError(f"{path} has no key model")
+    try:
+        return from_dict(_File, content).model
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    # Read first and parse then: a file that is mapped could change under our hands.
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is not a complete model: it has no {path.name}") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def _fill(model: GaussianSR, tensors: dict[str, Any], path: Path) -> None:
+    """Put the tensors into the model; every one must be there, finite, and of the right shape."""
+    state = model.state_dict()
+    problems = [f"{name} is missing" for name in sorted(state.keys() - tensors.keys())]
+    problems += [f"{name} is not of this model" for name in sorted(tensors.keys() - state.keys())]
+    for name in sorted(state.keys() & tensors.keys()):
+        have, want = tensors[name], state[name]
+        if have.shape != want.shape:
+            problems.append(f"{name} is {list(have.shape)} instead of {list(want.shape)}")
+        elif have.is_floating_point() != want.is_floating_point():
+            problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
+        elif not have.isfinite().all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"{path} does not fit its config.json: {', '.join(problems[:3])}{more}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,242 @@
+"""The command `gsr`: `gsr upscale`, and `gsr train` and `gsr evaluate` like the scripts.
+
+Wrong input ends with one sentence on stderr and exit code 2, an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gsr import __version__
+from gsr.errors import InputError
+
+EPILOG = """\
+examples:
+  gsr upscale photo.jpg -o large.png --scale 3.7
+  gsr upscale photo.jpg -o wide.png --scale 2x3.5        (2 times as wide, 3.5 times as high)
+  gsr upscale photo.jpg -o hd.png --size 1920x1080       (width x height)
+  gsr upscale *.jpg -o folder/ --scale 4
+"""
+
+
+def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+    """Run `main(argv)` as a command: call it, and leave the process by the right exit code if it
+    raises. InputError prints its sentence and exits with 2, Ctrl-C with 130; any other exception
+    is a bug and keeps its traceback. Returns if main returns.
+    """
+    try:
+        main(argv)
+    except InputError as error:
+        print(f"gsr: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("gsr: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script `gsr`."""
+    guard(dispatch, argv)
+
+
+def dispatch(argv: Sequence[str] | None = None) -> None:
+    """`main` without the guard: raises InputError on wrong input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # These two parse their own arguments, so that `gsr train` and `python train.py` are the same.
+    if argv[:1] == ["train"]:
+        from gsr.training import main as train
+
+        return train(argv[1:])
+    if argv[:1] == ["evaluate"]:
+        from gsr.evaluation import main as evaluate
+
+        return evaluate(argv[1:])
+    args = _parser().parse_args(argv)
+    return _upscale(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gsr", description="Image super-resolution at any scale by 2D Gaussian splatting."
+    )
+    parser.add_argument("--version", action="version", version=f"gsr {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    up = commands.add_parser(
+        "upscale",
+        help="enlarge pictures",
+        description="Enlarge pictures by any factor, or to any size.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    up.add_argument("photo", nargs="+", metavar="PHOTO", help="picture file to enlarge")
+    up.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="file to write (.png, .jpg, .webp, .tiff or .bmp), or a folder: an existing one, or "
+        "with a / at its end",
+    )
+    how = up.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--scale",
+        type=_scale,
+        metavar="S",
+        help="factor, at least 1, or two as WIDTHxHEIGHT: 2x3.5 is 2 times as wide and 3.5 times "
+        "as high",
+    )
+    how.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="size in pixels: 1920x1080")
+    up.add_argument(
+        "--model",
+        metavar="PATH",
+        help="model folder or published .pth file (default: the bundled model)",
+    )
+    up.add_argument(
+        "--compare",
+        metavar="FILE",
+        help="also write the bicubic enlargement and the result side by side",
+    )
+    up.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    up.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+    up.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="refuse results with more pixels than this (default: 400 million)",
+    )
+    up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
+    commands.add_parser("train", help="train a model (gsr train --help)", add_help=False)
+    commands.add_parser("evaluate", help="measure a model (gsr evaluate --help)", add_help=False)
+    return parser
+
+
+def _scale(text: str) -> tuple[float, float]:
+    """ "3.7" or "2x3.5" (horizontal x vertical) as (s_y, s_x)."""
+    try:
+        factors = [float(part) for part in text.lower().split("x")]
+        horizontal, vertical = factors if len(factors) == 2 else factors * 2
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a factor such as 3.7 nor two such as 2x3.5 (width x height)"
+        ) from None
+    return vertical, horizontal
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "1920x1080" (width x height) as (H, W)."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size such as 1920x1080 (width x height)"
+        ) from None
+    return height, width
+
+
+def _upscale(args: argparse.Namespace) -> None:
+    photos = [Path(photo) for photo in args.photo]
+    if args.compare and len(photos) > 1:
+        raise InputError("--compare takes one PHOTO; enlarge them one by one")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads must be at least 1, not {args.threads}")
+
+    # Everything that can be refused is refused before the model is loaded or a pixel computed.
+    from gsr.image import check_writable, open_image, save_image
+    from gsr.infer import MAX_PIXELS, target_size, upscale
+
+    limit = MAX_PIXELS if args.max_pixels is None else args.max_pixels
+    outputs = _outputs(photos, args.output)
+    comparison = Path(args.compare) if args.compare else None
+    for path in [*outputs, comparison]:
+        if path is None:
+            continue
+        check_writable(path)
+        for photo in photos:
+            if photo.exists() and path.exists() and os.path.samefile(photo, path):
+                raise InputError(f"{path} would overwrite the input {photo}; choose another name")
+    if comparison is not None and comparison.resolve() == outputs[0].resolve():
+        raise InputError(f"--compare and --output both name {comparison}; choose two names")
+    image = None
+    for photo in photos:
+        image = open_image(photo)
+        try:
+            target_size((image.height, image.width), args.scale, args.size, limit)
+        except InputError as error:
+            raise InputError(f"{photo}: {error}") from None
+
+    import torch
+
+    from gsr.checkpoint import load
+    from gsr.training import pick_device
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = load(args.model).to(pick_device(args.device))
+    progress = not args.quiet and sys.stderr.isatty()
+    for photo, output in zip(photos, outputs, strict=True):
+        if len(photos) > 1:  # otherwise it is still there from the checks
+            image = open_image(photo)
+        start = time.perf_counter()
+        try:
+            large = upscale(image, args.scale, args.size, model, progress, limit)
+        except InputError as error:
+            raise InputError(f"{photo}: {error}") from None
+        save_image(output, large)
+        if not args.quiet:
+            seconds = time.perf_counter() - start
+            print(f"{output}: {large.width} x {large.height} in {seconds:.1f} s", flush=True)
+    if comparison is not None:
+        save_image(comparison, _side_by_side(image, large))
+        if not args.quiet:
+            print(f"{comparison}: bicubic left, gsr right")
+
+
+def _outputs(photos: list[Path], output: str) -> list[Path]:
+    """The file to write for each photo; makes the folder where `output` means one."""
+    folder = Path(output)
+    if len(photos) == 1 and not folder.is_dir() and not output.endswith(("/", os.sep)):
+        return [folder]
+    from gsr.image import WRITE_FORMATS
+
+    paths = [
+        folder / (photo.name if photo.suffix.lower() in WRITE_FORMATS else photo.stem + ".png")
+        for photo in photos
+    ]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"two photos would be written to {path}; rename one of them")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be made ({error.strerror})") from None
+    return paths
+
+
+def _side_by_side(image: Any, large: Any) -> Any:
+    """Pillow images: the small one enlarged bicubically, the large one, each under its label."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from gsr.image import on_white, to_rgb
+
+    width, height = large.size
+    bicubic = to_rgb(on_white(image)).resize(large.size, Image.Resampling.BICUBIC)
+    text = max(12, round(height / 28))
+    gap, band = max(2, text // 3), math.ceil(1.6 * text)
+    sheet = Image.new("RGB", (2 * width + gap, band + height), "white")
+    sheet.paste(bicubic, (0, band))
+    sheet.paste(to_rgb(on_white(large)), (width + gap, band))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    for left, label in ((0, "bicubic"), (width + gap, "gsr")):
+        draw.text((left + text // 2, band // 2), label, "black", font, anchor="lm")
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""The configuration of a model and of a training, as dataclasses that a YAML file fills in.
+
+A section of the file is a dataclass here, a key is a field, and its annotation is the type that a
+value must have. Anything else in a file is an error, reported by its full key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import re
+import types
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gsr.errors import InputError
+
+# Fields are declared as `name: type = default  # meaning, unit, range`.
+
+
+@dataclass
+class EncoderConfig:
+    """Feature extractor at LR: [B, 3, h, w] in [0, 1] to [B, n_feats, h, w]."""
+
+    name: Literal["edsr"] = "edsr"
+    n_feats: int = 64  # channels; EDSR-baseline 64, EDSR 256
+    n_blocks: int = 16  # residual blocks; EDSR-baseline 16, EDSR 32
+    res_scale: float = 1.0  # factor on each residual branch; EDSR 0.1
+
+
+@dataclass
+class DirectConfig:
+    """Head of `direct`: every LR pixel emits coloured Gaussians."""
+
+    gaussians: int = 4  # K, Gaussians per LR pixel
+    radius: int = 1  # r, a HR pixel sums over the (2r + 1)^2 nearest LR pixels
+    normalize: bool = True  # divide by the total weight
+    width: int = 64  # hidden channels of the head
+
+
+@dataclass
+class BankConfig:
+    """Gaussian bank and selective assignment of `official` and `field`."""
+
+    points: int = 100  # N, Gaussians in the bank (a square number)
+    channels: int = 8  # feature channels that are splatted; the rest is resized bicubically
+    window: int = 7  # side of the LR window (official: disjoint windows; field: nearest pixels; odd)
+    kernel_size: int = 5  # taps a side, official only
+    assignment: Literal["argmax", "softmax", "gumbel"] = "argmax"  # in evaluation
+    train_assignment: Literal["gumbel", "softmax"] = "gumbel"  # in training
+
+
+@dataclass
+class DecoderConfig:
+    """Fourier decoder at HR of `official` and `field`."""
+
+    hidden_dim: int = 256  # channels of coef and freq; even
+    hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256, 256])  # MLP widths
+
+
+@dataclass
+class ModelConfig:
+    mode: Literal["direct", "field", "official"] = "direct"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    direct: DirectConfig = field(default_factory=DirectConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class DataConfig:
+    train: str = "data/train"  # folder of HR pictures, searched recursively
+    val: str | None = None  # folder of HR pictures; None: the last `val_count` of `train`, not trained on
+    val_count: int = 10  # pictures used for validation
+    patch: int = 48  # LR patch side, pixels
+    scale_min: float = 1.0
+    scale_max: float = 4.0  # one scale per batch, uniform in [scale_min, scale_max]
+    queries: int = 2304  # HR pixels sampled per patch, without replacement
+    batch: int = 16
+    repeat: int = 20  # times each picture is visited per epoch
+    workers: int = 2  # loader processes; 0 loads in the training process
+    cache: bool = True  # keep decoded pictures in memory
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None  # total optimiser steps; None: epochs * steps per epoch
+    epochs: int = 2000  # used where steps is None
+    lr: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    step_epochs: int = 200  # `step`: multiply lr by `gamma` every so many epochs
+    gamma: float = 0.5
+    warmup: int = 0  # steps of linear warm-up
+    clip: float | None = None  # largest gradient norm
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; the splat is always fp32
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int | None = None  # CPU threads; None: PyTorch's choice
+    log_every: int = 50  # steps
+    val_every: int = 1000  # steps
+    save_every: int = 1000  # steps
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    name: str = "unnamed"
+    output: str = "runs"  # the run lives in output/name
+    init: str | None = None  # model folder or published .pth whose weights to start from
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ---- limits -------------------------------------------------------------------------------------
+# Section: (keys that the rule reads, what must hold of the section, how to say it). A rule is tried
+# once all its keys have the right type; keys reach into sections below with a dot.
+
+
+def _at_least(low: int, *keys: str) -> list[tuple]:
+    return [
+        ((key,), lambda c, k=key: getattr(c, k) is None or getattr(c, k) >= low, f"at least {low}")
+        for key in keys
+    ]
+
+
+def _above_zero(*keys: str) -> list[tuple]:
+    return [
+        ((key,), lambda c, k=key: getattr(c, k) is None or getattr(c, k) > 0, "above 0")
+        for key in keys
+    ]
+
+
+CHECKS: dict[type, list[tuple]] = {
+    EncoderConfig: [*_at_least(1, "n_feats", "n_blocks"), *_above_zero("res_scale")],
+    DirectConfig: _at_least(1, "gaussians", "radius", "width"),
+    BankConfig: [
+        *_at_least(1, "channels"),
+        (
+            ("points",),
+            lambda c: c.points > 0 and math.isqrt(c.points) ** 2 == c.points,
+            "a square number, such as 100",
+        ),
+        (("window",), lambda c: c.window > 0 and c.window % 2 == 1, "odd and positive"),
+        (("kernel_size",), lambda c: c.kernel_size > 1, "at least 2"),
+    ],
+    DecoderConfig: [
+        (("hidden_dim",), lambda c: c.hidden_dim > 0 and c.hidden_dim % 2 == 0, "even, positive"),
+        (
+            ("hidden_list",),
+            lambda c: bool(c.hidden_list) and min(c.hidden_list) > 0,
+            "one positive width or more",
+        ),
+    ],
+    ModelConfig: [
+        (
+            ("bank.channels", "encoder.n_feats", "mode"),
+            lambda c: c.mode == "direct" or c.bank.channels <= c.encoder.n_feats,
+            "at most encoder.n_feats",
+        ),
+    ],
+    DataConfig: [
+        *_at_least(1, "scale_min", "batch", "repeat", "queries"),
+        *_at_least(8, "patch"),
+        *_at_least(0, "val_count", "workers"),
+        (("scale_max", "scale_min"), lambda c: c.scale_max >= c.scale_min, "at least scale_min"),
+        (
+            ("queries", "patch", "scale_min"),
+            lambda c: c.queries <= round(c.patch * c.scale_min) ** 2,
+            "at most round(patch * scale_min)^2, the HR pixels of the smallest patch",
+        ),
+    ],
+    TrainConfig: [
+        *_at_least(1, "steps", "epochs", "step_epochs", "threads"),
+        *_at_least(1, "log_every", "val_every", "save_every"),
+        *_at_least(0, "warmup"),
+        *_above_zero("lr", "clip"),
+        (("gamma",), lambda c: 0 < c.gamma <= 1, "above 0 and at most 1"),
+        (("seed",), lambda c: 0 <= c.seed < 2**32, "in 0 .. 2^32 - 1"),
+        (
+            ("device",),
+            lambda c: re.fullmatch(r"auto|[a-z]+(:\d+)?", c.device),
+            "auto, cpu, cuda, cuda:1 or the like",
+        ),
+    ],
+    Config: [
+        (
+            ("name",),
+            lambda c: c.name.strip(". ") != "" and not set(c.name) & set("/\\"),
+            "a folder name without slashes",
+        ),
+        (("output",), lambda c: c.output.strip() != "", "a folder"),
+    ],
+}
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config or a section of one as plain dictionaries and lists; undoes `from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, mapping: Any, where: str = "") -> Any:
+    """Build the dataclass `cls` from a mapping as a YAML or JSON file gives it.
+
+    Keys left out take their defaults; a section that is null takes all of them. `where` is put
+    before every key in messages, such as "model". Raises one InputError that lists every mistake:
+    unknown keys with the nearest known one, values of the wrong type and values out of range.
+    """
+    errors: list[str] = []
+    config = _build(cls, mapping, where, errors, _all_keys(cls, where))
+    _refuse(errors)
+    return config
+
+
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file into a Config, with overrides such as "train.lr=2e-4" on top.
+
+    The right-hand side of an override is YAML too ("null", "[64, 64]"). Raises one InputError
+    that lists every mistake in file and overrides, each with its full key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such config file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; name a YAML file in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text ({error})") from None
+    mapping = _parse_yaml(text, str(path))
+    if mapping is None:
+        mapping = {}
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path} must hold keys and values, not {_show(mapping)}")
+    errors: list[str] = []
+    for override in overrides:
+        _override(mapping, override, errors)
+    config = _build(Config, mapping, "", errors, _all_keys(Config, ""))
+    _refuse(errors, f"{path}: ")
+    return config
+
+
+def _refuse(errors: list[str], prefix: str = "") -> None:
+    if len(errors) == 1:
+        raise InputError(prefix + errors[0])
+    if errors:
+        raise InputError(f"{prefix}{len(errors)} mistakes\n" + "\n".join(f"  {e}" for e in errors))
+
+
+def _override(mapping: dict, override: str, errors: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        errors.append(f"override {override!r} must read section.key=value")
+        return
+    try:
+        value = _parse_yaml(text, f"override {override!r}")
+    except InputError as error:
+        errors.append(str(error))
+        return
+    *sections, last = key.split(".")
+    for section in sections:
+        if mapping.get(section) is None:
+            mapping[section] = {}
+        mapping = mapping[section]
+        if not isinstance(mapping, dict):
+            return  # the file has a plain value where a section must be, and _build says so
+    mapping[last] = value
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _all_keys(cls: type, where: str) -> list[str]:
+    """Every key of `cls` and of the sections below it, in full."""
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys.append(_join(where, name))
+        if dataclasses.is_dataclass(kind):
+            keys += _all_keys(kind, _join(where, name))
+    return keys
+
+
+def _build(cls: type, mapping: Any, where: str, errors: list[str], known: list[str]) -> Any:
+    """A `cls` if nothing was wrong with the mapping; else errors has grown."""
+    if mapping is None:  # `train:` with nothing below it
+        mapping = {}
+    if not isinstance(mapping, dict):
+        errors.append(f"{where or 'the config'} must be a section of keys, not {_show(mapping)}")
+        return None
+    hints = get_type_hints(cls)
+    values, bad = {}, set()
+    for key, value in mapping.items():
+        if key not in hints:
+            errors.append(f"{_join(where, key)} is not a key; {_nearest(key, where, cls, known)}")
+            continue
+        before = len(errors)
+        values[key] = _convert(hints[key], value, _join(where, key), errors, known)
+        if len(errors) > before:
+            bad.add(key)
+            del values[key]
+    config = cls(**values)
+    for keys, holds, text in CHECKS.get(cls, []):
+        if not bad & {key.partition(".")[0] for key in keys} and not holds(config):
+            value = functools.reduce(getattr, keys[0].split("."), config)
+            errors.append(f"{_join(where, keys[0])} must be {text}, not {_show(value)}")
+            bad.add(keys[0].partition(".")[0])  # what follows from this mistake is none
+    return config
+
+
+def _nearest(key: Any, where: str, cls: type, known: list[str]) -> str:
+    """Which key was meant: one of this section, one of that name elsewhere, or the whole list."""
+    own = [f.name for f in dataclasses.fields(cls)]
+    match = difflib.get_close_matches(str(key), own, 1)
+    if match:
+        return f"did you mean {_join(where, match[0])}?"
+    for cutoff in (1.0, 0.75):
+        for full in known:
+            last = full.rpartition(".")[2]
+            if difflib.SequenceMatcher(None, str(key).rpartition(".")[2], last).ratio() >= cutoff:
+                return f"did you mean {full}?"
+    return f"{where or 'the top level'} knows {', '.join(own)}"
+
+
+def _convert(kind: Any, value: Any, key: str, errors: list[str], known: list[str]) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, key, errors, known)
+    origin, args, or_null = get_origin(kind), get_args(kind), ""
+    if origin in (Union, types.UnionType) and type(None) in args:
+        if value is None:
+            return None
+        (kind,) = (arg for arg in args if arg is not type(None))
+        origin, args, or_null = get_origin(kind), get_args(kind), " or null"
+    if origin is Literal and value in args and not isinstance(value, bool):
+        return value
+    if origin is list and isinstance(value, list):
+        return [
+            _convert(args[0], item, f"{key}[{i}]", errors, known) for i, item in enumerate(value)
+        ]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        if not math.isfinite(value):
+            errors.append(f"{key} must be a finite number, not {value}")
+            return None
+        return float(value)
+    if kind is int and number and isinstance(value, int):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    hint = ""
+    if origin is Literal and isinstance(value, str):
+        match = difflib.get_close_matches(value, [str(a) for a in args], 1)
+        hint = f"; did you mean {match[0]}?" if match else ""
+    elif kind is int and number and value == value // 1:
+        hint = f"; write {int(value)}"
+    elif kind is str and isinstance(value, (int, float)):
+        hint = "; put it in quotes"
+    errors.append(f"{key} must be {_expected(kind)}{or_null}, not {_show(value)}{hint}")
+    return None
+
+
+def _expected(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin is list:
+        return {int: "a list of whole numbers", str: "a list of texts"}.get(args[0], "a list")
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _show(value: Any) -> str:
+    names = {dict: "a section", list: "a list", type(None): "null", bool: str(value).lower()}
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return names.get(type(value), repr(value)) if value != [] else "an empty list"
+
+
+@functools.lru_cache(maxsize=1)
+def _yaml_loader() -> type:
+    """PyYAML's safe loader with YAML 1.2's idea of numbers and booleans, and no duplicate keys."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        # YAML 1.1, PyYAML's own, reads 1e-4 as text, `no` as false, 1:30 as 90 and 010 as 8.
+        yaml_implicit_resolvers: dict = {}
+
+        def construct_mapping(self, node, deep=False):
+            seen = {}
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                line = key_node.start_mark.line + 1
+                if not isinstance(key, Hashable):
+                    raise yaml.MarkedYAMLError(problem=f"line {line}: a key must be a plain word")
+                if key in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"line {line}: the key {key} is there already, in line {seen[key]}"
+                    )
+                seen[key] = line
+            return super().construct_mapping(node, deep=deep)
+
+    def resolve(tag: str, pattern: str, first: str) -> None:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+
+    resolve("null", r"^(?:~|null|Null|NULL|)$", "~nN")
+    Loader.yaml_implicit_resolvers.setdefault("", []).append(
+        ("tag:yaml.org,2002:null", re.compile(r"^$"))
+    )
+    resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
+    resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789")
+    resolve(
+        "float",
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
+        r"|^\.(?:nan|NaN|NAN)$",
+        "-+.0123456789",
+    )
+    return Loader
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{name} is not valid YAML: {line}{' '.join(problem.split())}") from None
+    except (ValueError, RecursionError) as error:  # PyYAML lets these out of odd scalars
+        raise InputError(f"{name} is not valid YAML ({error})") from None

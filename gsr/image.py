@@ -1,0 +1,264 @@
+"""Picture files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
+
+Pictures inside the library are either uint8 arrays [H, W, 3] or float32 tensors [1, 3, H, W] in
+[0, 1]; this module is the only one that knows about files, modes and orientation.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from gsr.errors import InputError
+
+# What is read when a folder is searched, and how each suffix is written.
+READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
+WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
+    ".webp": ("WEBP", {"quality": 95}),
+    ".tif": ("TIFF", {"compression": "tiff_lzw"}),
+    ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
+    ".bmp": ("BMP", {}),
+}
+_TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file, fully decoded, turned the way up that its EXIF orientation says.
+
+    Returns a Pillow image in the file's own mode, closed to the file; of an animation the first
+    frame. Raises InputError if there is no such file, it is no picture, it is cut short or
+    damaged, or it claims more pixels than Pillow's decompression-bomb limit allows.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name one picture file")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit. Both count as a refusal here.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if path.stat().st_size == 0:  # a plugin without magic bytes might take it
+                    raise Image.UnidentifiedImageError
+                image.load()
+                return upright(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into smaller pictures"
+        ) from None
+    except Image.UnidentifiedImageError:
+        size = "is empty" if path.stat().st_size == 0 else "is not a picture that Pillow can read"
+        raise InputError(f"{path} {size}; give a PNG, JPEG, WebP, TIFF or BMP file") from None
+    except PermissionError:
+        raise InputError(f"{path} may not be read; check its permissions") from None
+    # Damaged files leave Pillow's decoders with almost any exception.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is a damaged or truncated picture ({error})") from None
+    except (MemoryError, OverflowError) as error:
+        raise InputError(f"{path} does not fit in memory ({type(error).__name__})") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data says nothing about orientation, and the pixels are fine
+        return image.copy()
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a Pillow image carries transparency, as a channel or as a palette entry."""
+    return image.mode in _TRANSPARENT or "transparency" in image.info
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A Pillow image without its transparency, laid on white: L or RGB, if it had any."""
+    if not has_alpha(image):
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("L" if image.mode in ("LA", "La", "L") else "RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB, 8 bits a channel; alpha is dropped, not composited.
+
+    16-bit grey (I;16 and its kin, or I from a 16-bit PNG) keeps its top 8 bits, rounded; a float
+    picture (F) must hold [0, 1] or [0, 255] and InputError is raised otherwise.
+    """
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)
+        return _grey((values * (255 / 65535)).round())
+    if mode == "I":
+        values = np.asarray(image).astype(np.float64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise InputError(
+                "a 32-bit integer picture must hold values in 0..65535; save it as 8 or 16 bits"
+            )
+        return _grey((values * (255 / 65535)).round())
+    if mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
+            raise InputError(
+                "a floating-point picture must hold finite values in [0, 1] or [0, 255]; "
+                "save it as 8 or 16 bits"
+            )
+        return _grey((values * (255 if values.max() <= 1 else 1)).round())
+    if "transparency" in image.info and mode in ("P", "L", "1", "RGB"):
+        # Through RGBA, or Pillow would warn that the transparency is lost.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """The picture in a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
+    image = open_image(path)
+    try:
+        return np.array(to_rgb(image))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """Every picture under a folder, in all its subfolders, sorted by path, hidden files left out.
+
+    Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
+    is a file, or holds no picture.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f"{folder}: there is no such folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder of pictures")
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in READ_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise InputError(
+            f"{folder} holds no picture; looked for {', '.join(READ_SUFFIXES)} in it and below"
+        )
+    return paths
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError, before anything is computed, if `write_image(path, ...)` could not work.
+
+    Checks the suffix, that the folder exists and takes new files, and that path is no folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the picture file to write")
+    _format(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent} to write it into; create it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: the folder {path.parent} may not be written to")
+
+
+def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] (or [H, W]) to a file, in the format that its suffix says.
+
+    png, jpg (quality 95, 4:4:4), webp (quality 95), tiff or bmp. The file appears whole or not at
+    all. Raises InputError for another suffix, a folder that is missing or takes no file, or an
+    array of another kind.
+    """
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise InputError(
+            f"{path}: a picture to write must be uint8 [H, W, 3], "
+            f"not {array.dtype} {list(array.shape)}"
+        )
+    save_image(path, Image.fromarray(np.ascontiguousarray(array)))
+
+
+def save_image(path: str | os.PathLike, image: Image.Image) -> None:
+    """`write_image` for a Pillow image of mode L, LA, RGB or RGBA; keeps its ICC profile.
+
+    JPEG and BMP cannot hold transparency: the picture is laid on white there.
+    """
+    path = Path(path)
+    check_writable(path)
+    kind, options = _format(path)
+    options = {**options}
+    if kind != "BMP" and image.info.get("icc_profile"):
+        options["icc_profile"] = image.info["icc_profile"]
+    if kind in ("JPEG", "BMP"):
+        image = on_white(image)
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, kind, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: a {image.width} x {image.height} {image.mode} picture cannot be saved as "
+            f"{kind} ({error}); choose another suffix"
+        ) from None
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Put bytes into a file so that a reader, or a crash, sees the old file or the whole new one.
+
+    Raises InputError if the operating system refuses.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _format(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        return WRITE_FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise InputError(
+            f"{path}: the suffix {path.suffix!r} is none of {', '.join(WRITE_FORMATS)}"
+        ) from None
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] to float32 [1, 3, H, W] in [0, 1]."""
+    # torch.tensor copies: Pillow's arrays are read-only, and tensors must not be.
+    return torch.tensor(array).permute(2, 0, 1)[None].contiguous().float().div_(255)
+
+
+def to_uint8(tensor: torch.Tensor) -> np.ndarray:
+    """float [1, 3, H, W] (or [3, H, W]), clamped to [0, 1] and rounded, to uint8 [H, W, 3]."""
+    if tensor.ndim == 4:
+        tensor = tensor.squeeze(0)
+    levels = tensor.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).contiguous().cpu().numpy()

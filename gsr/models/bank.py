@@ -1,0 +1,194 @@
+"""The Gaussian bank, and what `official` and `field` build around it.
+
+A bank holds N Gaussians. At every LR pixel a classifier weighs them ("selective Gaussian
+assignment"), and the pixel's own Gaussian is the weighted mean of their parameters. The first few
+feature channels are splatted with these Gaussians, the others are resized bicubically, and a
+Fourier decoder turns both into colours. The two modes differ in the splat only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsr.config import ModelConfig
+from gsr.errors import InputError
+from gsr.models.decoder import FourierDecoder, bicubic_neighbours
+from gsr.resize import bicubic
+
+
+def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
+    """Weights of the Gaussians of the bank at every pixel, summing to 1: [B, N, h, w] both.
+
+    Args:
+        kind: "argmax", one-hot of the largest logit (no gradient); "softmax"; or "gumbel", a sample
+            of the Gumbel-softmax distribution at temperature 1 from PyTorch's global generator.
+        hard: round a Gumbel sample to one-hot (straight-through gradient).
+
+    Source: GaussianSR (AAAI 2025), section 3.2; argmax is the mode of the Gumbel distribution.
+    """
+    if kind == "argmax":
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1)
+    if kind == "softmax":
+        return logits.softmax(1)
+    return F.gumbel_softmax(logits, tau=1, hard=hard, dim=1)
+
+
+class GaussianBank(nn.Module):
+    """N learnt Gaussians: unconstrained, as published.
+
+    Starts as a grid of sigma in [0.2, 3] for (sigma_x, sigma_y), opacity sigmoid(1) and rho 0.
+    As published, sigma_x acts down the rows.
+
+    Args:
+        points: N, a square number.
+
+    Raises:
+        InputError: `points` is not a square number.
+    """
+
+    def __init__(self, points: int):
+        super().__init__()
+        side = math.isqrt(max(points, 0))
+        if side < 1 or side * side != points:
+            raise InputError(f"bank.points must be a square number such as 100, not {points}")
+        sigma_x, sigma_y, opacity = self._start(side)
+        self.sigma_x = nn.Parameter(sigma_x.repeat_interleave(side))
+        self.sigma_y = nn.Parameter(sigma_y.repeat(side))
+        self.opacity = nn.Parameter(torch.full((points, 1), opacity))
+        self.rho = nn.Parameter(torch.zeros(points, 1))
+
+    def _start(self, side: int) -> tuple[Tensor, Tensor, float]:
+        grid = torch.linspace(0.2, 3.0, side)
+        return grid, grid, 1 / (1 + math.exp(-1))
+
+    def table(self) -> Tensor:
+        """[N, 4]: sigma down the rows, sigma along the columns, opacity, rho."""
+        sigma = torch.stack([self.sigma_x, self.sigma_y], dim=1)
+        return torch.cat([sigma, self.opacity, self.rho], dim=1)
+
+    def forward(self, assignment: Tensor) -> Tensor:
+        """Weights [B, N, h, w] to each pixel's own Gaussian [B, 4, h, w], in `table`'s order."""
+        return torch.einsum("bnhw,np->bphw", assignment, self.table())
+
+
+class BoundedBank(GaussianBank):
+    """A bank whose Gaussians stay within bounds, in LR pixels; what is learnt is unconstrained.
+
+    sigma lies between 1/4 and (radius + 1/2) / 4, so that a Gaussian has faded to exp(-8) of its
+    peak where its window ends and the field has no seams there; |rho| < 3/4; opacity in (0, 1). The
+    lower bound of sigma and that of rho keep the total weight above 1e-7 of the opacity midway
+    between pixels, so the field has no holes either. A weighted mean stays within the same bounds.
+
+    Args:
+        points: N, a square number.
+        radius: of the window, LR pixels, at least 1.
+    """
+
+    def __init__(self, points: int, radius: int):
+        self.low, self.high = 0.25, (radius + 0.5) / 4
+        super().__init__(points)
+
+    def _start(self, side: int) -> tuple[Tensor, Tensor, float]:
+        grid = torch.logit(torch.linspace(0.1, 0.9, side))  # evenly over the middle of the range
+        return grid, grid, 1.0
+
+    def table(self) -> Tensor:
+        raw = super().table()
+        sigma = self.low + (self.high - self.low) * torch.sigmoid(raw[:, :2])
+        opacity, rho = torch.sigmoid(raw[:, 2:3]), 0.75 * torch.tanh(raw[:, 3:])
+        return torch.cat([sigma, opacity, rho], dim=1)
+
+
+class BankEncoded(NamedTuple):
+    """A picture as features and one Gaussian per LR pixel."""
+
+    features: Tensor  # [B, C, h, w]
+    gaussians: Tensor  # [B, 4, h, w], in the order of `GaussianBank.table`
+
+
+class BankHead(nn.Module):
+    """What `official` and `field` share: everything but the splat.
+
+    A subclass gives `splat_rows` and `splat_points`, each of which prepares a splat onto an HR
+    picture and returns a function that evaluates some of it.
+
+    Args:
+        config: the model's.
+        bank: the Gaussians to choose from.
+
+    Raises:
+        InputError: `bank.channels` leaves no feature channel, or none to splat.
+    """
+
+    halo = 1  # the classifier
+
+    def __init__(self, config: ModelConfig, bank: GaussianBank):
+        super().__init__()
+        n_feats, self.config = config.encoder.n_feats, config.bank
+        if not 0 < self.config.channels < n_feats:
+            raise InputError(
+                f"bank.channels must be from 1 to {n_feats - 1} (encoder.n_feats - 1), "
+                f"not {self.config.channels}"
+            )
+        self.classifier = nn.Conv2d(n_feats, self.config.points, 3, padding=1)
+        self.bank = bank
+        self.decoder = FourierDecoder(n_feats, config.decoder)
+
+    def encode(self, features: Tensor, lr: Tensor) -> BankEncoded:
+        """Features [B, C, h, w] to features and Gaussians; the Gumbel noise is drawn here."""
+        logits = self.classifier(features)
+        kind = self.config.train_assignment if self.training else self.config.assignment
+        with torch.autocast(features.device.type, enabled=False):
+            if features.dtype in (torch.float16, torch.bfloat16):  # HR is always fp32
+                features, logits = features.float(), logits.float()
+            return BankEncoded(features, self.bank(assign(logits, kind, hard=not self.training)))
+
+    def render(self, encoded: BankEncoded, size, scale, rows=None) -> Tensor:
+        """See `GaussianSR.render`. Nothing but the result is held for more than a strip of rows."""
+        splat, channels = self.splat_rows(encoded, size, scale), self.config.channels
+
+        def strip(first: int, last: int) -> Tensor:  # [B, C, last - first, W]
+            rest = bicubic(encoded.features[:, channels:], size, (first, last))
+            return torch.cat([splat(first, last), rest], dim=1)
+
+        b, _, h, w = encoded.features.shape
+        return self.decoder.render(strip, b, (h, w), size, rows)
+
+    def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
+        """See `GaussianSR.query`."""
+        splat = self.splat_points(encoded, size, scale, coord.shape[1])
+        channels = self.config.channels
+
+        def neighbours(y: Tensor, x: Tensor) -> Tensor:  # [B, Q] twice to [B, Q, 9, C]
+            step = torch.arange(-1, 2, device=y.device)
+            ny = y[..., None] + step.repeat_interleave(3)
+            nx = x[..., None] + step.repeat(3)
+            inside = (ny >= 0) & (ny < size[0]) & (nx >= 0) & (nx < size[1])
+            ny, nx = ny.clamp(0, size[0] - 1), nx.clamp(0, size[1] - 1)
+            rest = bicubic_neighbours(encoded.features[:, channels:], size, y, x)
+            splatted = splat(ny.flatten(1), nx.flatten(1)).view(*ny.shape, channels)
+            # The convolutions of `render` pad HR with zeros.
+            return torch.cat([splatted, rest], dim=-1) * inside[..., None]
+
+        return self.decoder.query(neighbours, coord, encoded.features.shape[-2:], size)
+
+    def splat_rows(self, encoded: BankEncoded, size, scale):
+        """A function of (first, last) giving rows of the splatted stream [B, c, last - first, W]."""
+        raise NotImplementedError
+
+    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
+        """A function of HR pixels (y, x), [B, P] each, giving the splatted stream [B, P, c]."""
+        raise NotImplementedError
+
+
+def pick(picture: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Pixels (y, x), [B, P] each, of a picture [B, C, H, W]: [B, P, C]."""
+    b, c, h, w = picture.shape
+    image = torch.arange(b, device=y.device)[:, None]
+    index = ((image * h + y) * w + x).flatten()
+    return picture.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index).view(*y.shape, c)

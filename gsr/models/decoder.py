@@ -1,0 +1,187 @@
+"""The decoder of `official` and `field`: features at HR to colours, through learnt waves.
+
+At every HR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves are
+evaluated at the pixel's position relative to the nearest LR pixel and an MLP turns them into RGB.
+A picture is decoded by strips of rows, and single points from their 3 x 3 neighbourhoods alone, so
+that neither the 512 channels at HR nor a whole HR picture of features ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsr.config import DecoderConfig
+from gsr.errors import InputError
+from gsr.resize import _cubic
+
+STRIP = 2**14  # HR pixels decoded at a time: 32 MB of waves
+
+
+def pixel_centres(n: int, device=None) -> Tensor:
+    """Centres of n pixels in [-1, 1], [n] float32, rounded as the published code rounds them."""
+    return (-1 + 1 / n) + (2 / n) * torch.arange(n, device=device, dtype=torch.float32)
+
+
+def nearest(q: Tensor, n: int) -> Tensor:
+    """Index of the pixel, out of n, nearest to coordinate q in [-1, 1]; int64.
+
+    Halfway between two pixels the float32 rounding of this very expression decides, as published.
+    """
+    return torch.round(((q + 1) * n - 1) / 2).clamp(0, n - 1).long()
+
+
+def relative(q: Tensor, n: int) -> Tensor:
+    """q - centre of the nearest of n pixels, in half pixels."""
+    return (q - pixel_centres(n, q.device)[nearest(q, n)]) * n
+
+
+class FourierDecoder(nn.Module):
+    """Features at HR [B, C, H, W] to RGB around [0, 1].
+
+    Args:
+        in_channels: C.
+        config: widths.
+
+    Raises:
+        InputError: `hidden_dim` is odd or not positive, or a width of the MLP is.
+
+    Source: GaussianSR (AAAI 2025), section 3.4, after LTE (CVPR 2022), section 3.
+    """
+
+    def __init__(self, in_channels: int, config: DecoderConfig):
+        super().__init__()
+        d = config.hidden_dim
+        if d < 2 or d % 2:
+            raise InputError(f"decoder.hidden_dim must be even and at least 2, not {d}")
+        if not all(width > 0 for width in config.hidden_list):
+            raise InputError(
+                f"decoder.hidden_list must hold widths of at least 1, not {config.hidden_list}"
+            )
+        self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
+        self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
+        self.phase = nn.Linear(2, d // 2, bias=False)
+        layers, last = [], d
+        for width in config.hidden_list:
+            layers += [nn.Linear(last, width), nn.GELU()]
+            last = width
+        self.layers = nn.Sequential(*layers, nn.Linear(last, 3))
+
+    def render(
+        self,
+        strip: Callable[[int, int], Tensor],  # (first, last) to [B, C, last - first, W]
+        batch: int,
+        lr_size: tuple[int, int],
+        size: tuple[int, int],
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Decode HR row by row: [B, 3, H, W], or only `rows` of it."""
+        first, last = rows or (0, size[0])
+        weight, bias = self._merged()
+        ry, rx = (
+            relative(pixel_centres(n_hr, weight.device), n).to(weight.dtype)
+            for n, n_hr in zip(lr_size, size, strict=True)
+        )
+        step = max(1, STRIP // (batch * size[1]))
+        parts = []
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            features = strip(max(a - 1, 0), min(b + 1, size[0]))
+            # Zero rows only where the picture ends: elsewhere the strips overlap.
+            features = F.pad(features, (0, 0, int(a == 0), int(b == size[0])))
+            waves = F.conv2d(
+                features.contiguous(memory_format=torch.channels_last), weight, bias, padding=(0, 1)
+            )
+            rgb = self._rgb(
+                waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], lr_size, size
+            )
+            parts.append(rgb.permute(0, 3, 1, 2))
+        return torch.cat(parts, dim=2)
+
+    def query(
+        self,
+        neighbours: Callable[[Tensor, Tensor], Tensor],  # (y, x), [B, Q] each, to [B, Q, 9, C]
+        coord: Tensor,
+        lr_size: tuple[int, int],
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Decode at `coord` [B, Q, 2], (y, x) in [-1, 1]: [B, Q, 3].
+
+        coef and freq are those of the nearest HR pixel, `neighbours` gives the features around it
+        (row by row, zero beyond the picture).
+        """
+        weight, bias = self._merged()
+        weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
+        parts = []
+        for part in coord.float().split(max(1, STRIP // coord.shape[0]), dim=1):
+            index, away = [], []
+            for i in (0, 1):
+                q = part[..., i]
+                pixel = nearest(q, size[i])
+                centre = pixel_centres(size[i], q.device)[pixel]
+                # However a caller rounded the centre of a pixel, `render`'s rounding decides ties.
+                q = torch.where((q - centre).abs() < 1e-6, centre, q)
+                index.append(pixel)
+                away.append(relative(q, lr_size[i])[..., None])
+            around = neighbours(*index).flatten(2)
+            waves = F.linear(around, weight, bias)
+            ry, rx = (r.to(waves.dtype) for r in away)
+            parts.append(self._rgb(waves, ry, rx, lr_size, size))
+        return torch.cat(parts, dim=1)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """coef and freq as one convolution, the frequencies of y before those of x."""
+        both = []
+        for coef, freq in ((self.coef.weight, self.freq.weight), (self.coef.bias, self.freq.bias)):
+            both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
+        return both[0], both[1]
+
+    def _rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, lr_size, size) -> Tensor:
+        """[..., 2 D] and the relative coordinate [..., 1] twice to [..., 3]."""
+        d = self.coef.out_channels
+        coef, fy, fx = waves.split([d, d // 2, d // 2], dim=-1)
+        cell = waves.new_tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)])
+        phase = math.pi * (fy * ry + fx * rx + self.phase(cell))
+        return self.layers(coef * torch.cat([phase.cos(), phase.sin()], dim=-1)) * 0.5 + 0.5
+
+
+def bicubic_neighbours(x: Tensor, size: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+    """The 3 x 3 pixels around HR pixels (row, column) of `gsr.resize.bicubic(x, size, rows)`.
+
+    Nine neighbours of an HR pixel share most of their LR pixels (36 or fewer from x1 upwards), so
+    these are fetched once and combined by one small matrix a query.
+
+    Args:
+        x: [B, C, h, w].
+        size: (H, W) of the resized picture.
+        row, column: [B, Q] int64. Neighbours beyond the picture are extrapolated.
+
+    Returns:
+        [B, Q, 9, C], row by row.
+    """
+    b, c, h, w = x.shape
+    step = torch.arange(-1, 2, device=x.device)
+    # `bicubic` positions rows in float64, and leaves columns to PyTorch, which uses float32.
+    y = (row[..., None] + step + 0.5).double() * h / size[0] - 0.5
+    ratio = torch.tensor(float(w), device=x.device) / size[1]
+    z = ratio * (column[..., None] + step + 0.5) - 0.5
+    (y, wy), (z, wz) = _taps(y, h, size[0]), _taps(z, w, size[1])
+    image = torch.arange(b, device=x.device)[:, None, None, None]
+    index = (image * h + y[..., :, None]) * w + z[..., None, :]  # [B, Q, n_y, n_x]
+    near = x.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
+    weight = wy[..., :, None, :, None] * wz[..., None, :, None, :]  # [B, Q, 3, 3, n_y, n_x]
+    taps = index.shape[-2] * index.shape[-1]
+    out = weight.reshape(-1, 9, taps).to(x.dtype) @ near.view(-1, taps, c)
+    return out.view(*row.shape, 9, c)
+
+
+def _taps(position: Tensor, n: int, n_hr: int) -> tuple[Tensor, Tensor]:
+    """LR indices [..., m] that three positions [..., 3] need between them; weights [..., 3, m]."""
+    first = torch.floor(position[..., :1]).long() - 1
+    index = first + torch.arange(4 + math.ceil(2 * n / n_hr), device=position.device)
+    weight = _cubic((position[..., None] - index[..., None, :]).abs().clamp(max=2))
+    return index.clamp(0, n - 1), weight

@@ -1,0 +1,100 @@
+"""The `direct` head: every LR pixel emits K coloured Gaussians, and nothing learnt runs at HR.
+
+HR = bicubic enlargement of LR + splat of the Gaussians, so a picture that has been encoded once can
+be rendered at any size for the price of the splat.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from gsr.config import ModelConfig
+from gsr.ops import splat, splat_at
+from gsr.resize import bicubic
+
+CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
+
+
+class DirectEncoded(NamedTuple):
+    """A picture as Gaussians; shapes and units as in `gsr.ops.splat`."""
+
+    lr: Tensor  # [B, 3, h, w]
+    colour: Tensor  # [B, K, 3, h, w]
+    sigma: Tensor  # [B, K, 2, h, w]
+    rho: Tensor  # [B, K, h, w]
+    opacity: Tensor  # [B, K, h, w]
+    offset: Tensor  # [B, K, 2, h, w]
+
+
+class DirectHead(nn.Module):
+    """Features [B, C, h, w] to Gaussians, Gaussians to pictures.
+
+    A window of radius r ends at least r + 1/2 LR pixels from a pixel's centre. With offsets within
+    `reach` and sigma at most (r + 1/2 - reach) / 3, every Gaussian has fallen to exp(-4.5) of its
+    peak or less where its window ends, so that the picture shows no seams there.
+    """
+
+    halo = 1
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config.direct
+        self.gaussians, self.radius, self.normalize = c.gaussians, c.radius, c.normalize
+        self.reach = 0.75
+        self.sigma_range = (0.1, (c.radius + 0.5 - self.reach) / 3)
+        self.hidden = nn.Conv2d(config.encoder.n_feats, c.width, 3, padding=1)
+        self.out = nn.Conv2d(c.width, c.gaussians * sum(CHANNELS), 1)
+        self._start()
+
+    def _start(self):
+        """Start as the bicubic enlargement: no colour, Gaussians spread evenly over the pixel."""
+        side = math.ceil(math.sqrt(self.gaussians))
+        with torch.no_grad():
+            self.out.weight.mul_(0.1)
+            weight = self.out.weight.view(self.gaussians, sum(CHANNELS), -1)
+            bias = self.out.bias.zero_().view(self.gaussians, sum(CHANNELS))
+            weight[:, :3] = 0
+            for k in range(self.gaussians):
+                for axis, i in enumerate((k // side, k % side)):
+                    centre = (i + 0.5) / side - 0.5
+                    bias[k, 5 + axis] = math.atanh(centre / self.reach)
+
+    def encode(self, features: Tensor, lr: Tensor) -> DirectEncoded:
+        x = self.out(F.relu(self.hidden(features))).float()
+        x = rearrange(x, "b (k p) h w -> b k p h w", k=self.gaussians)
+        colour, sigma, offset, rho, opacity = x.split(CHANNELS, dim=2)
+        low, high = self.sigma_range
+        return DirectEncoded(
+            lr=lr,
+            colour=colour,
+            sigma=low + (high - low) * torch.sigmoid(sigma),
+            rho=0.95 * torch.tanh(rho[:, :, 0]),
+            opacity=torch.sigmoid(opacity[:, :, 0]),
+            offset=self.reach * torch.tanh(offset),
+        )
+
+    def render(self, e: DirectEncoded, size, scale=None, rows=None) -> Tensor:
+        residual = splat(
+            e.colour, e.sigma, e.rho, e.opacity, size, e.offset,
+            self.radius, self.normalize, self.eps, rows,
+        )  # fmt: skip
+        return bicubic(e.lr, size, rows) + residual
+
+    def query(self, e: DirectEncoded, size, coord: Tensor, scale=None) -> Tensor:
+        extent = coord.new_tensor(e.lr.shape[-2:])
+        residual = splat_at(
+            e.colour, e.sigma, e.rho, e.opacity, ((coord + 1) * extent - 1) / 2, e.offset,
+            self.radius, self.normalize, self.eps,
+        )  # fmt: skip
+        base = F.grid_sample(
+            e.lr, coord.flip(-1)[:, None], "bicubic", "border", align_corners=False
+        )
+        return rearrange(base, "b c 1 q -> b q c") + residual
+
+    eps = 1e-2  # where the total weight is far below it, the residual fades out

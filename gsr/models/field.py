@@ -1,0 +1,62 @@
+"""The `field` head: what the paper describes, a continuous field of features.
+
+Every LR pixel has one Gaussian, chosen from the bank for that pixel alone, with sigma in LR pixels and
+its centre on the pixel. Every HR pixel averages the features of the LR pixels nearest to it,
+weighted by their Gaussians. No windows, no taps, no dependence on the batch or on the position.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gsr.config import ModelConfig
+from gsr.errors import InputError
+from gsr.models.bank import BankEncoded, BankHead, BoundedBank, pick
+from gsr.ops import splat, splat_at
+
+EPS = 1e-12  # far below the least total weight, see BoundedBank: constant features stay constant
+
+
+class FieldHead(BankHead):
+    """Head of `field`.
+
+    Args:
+        config: `encoder.n_feats`, `bank` and `decoder` are used; `bank.window` is odd.
+
+    Raises:
+        InputError: `bank` or `decoder` has a value out of range.
+    """
+
+    def __init__(self, config: ModelConfig):
+        window = config.bank.window
+        if window < 3 or window % 2 == 0:
+            raise InputError(f"bank.window must be odd and at least 3 in field mode, not {window}")
+        self.radius = window // 2
+        super().__init__(config, BoundedBank(config.bank.points, self.radius))
+
+    def splat_rows(self, encoded: BankEncoded, size, scale):
+        gaussians = self._gaussians(encoded)
+        return lambda first, last: splat(
+            *gaussians, size, radius=self.radius, eps=EPS, rows=(first, last)
+        )
+
+    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
+        if 9 * queries >= size[0] * size[1]:  # then the whole picture is less work
+            splatted = self.splat_rows(encoded, size, scale)(0, size[0])
+            return lambda y, x: pick(splatted, y, x)
+        gaussians, (h, w) = self._gaussians(encoded), encoded.features.shape[-2:]
+
+        def at(y: Tensor, x: Tensor) -> Tensor:
+            y = (y.double() + 0.5) * h / size[0] - 0.5
+            x = (x.double() + 0.5) * w / size[1] - 0.5
+            points = torch.stack([y, x], dim=-1)  # LR pixels, rounded as `splat` rounds them
+            return splat_at(*gaussians, points, radius=self.radius, eps=EPS)
+
+        return at
+
+    def _gaussians(self, encoded: BankEncoded) -> tuple[Tensor, ...]:
+        """values [B, 1, c, h, w], sigma [B, 1, 2, h, w], rho and opacity [B, 1, h, w]."""
+        sigma, opacity, rho = encoded.gaussians.split([2, 1, 1], dim=1)
+        values = encoded.features[:, : self.config.channels]
+        return values[:, None], sigma[:, None], rho, opacity

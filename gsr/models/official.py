@@ -1,0 +1,164 @@
+"""The `official` head: what the published GaussianSR code computes, made deterministic.
+
+LR is cut into windows of 7 x 7 pixels. The Gaussian at each of the 49 positions is the mean over all
+windows (and all pictures of a batch), so that all windows share 49 kernels and the whole splat is
+one matrix product. Use it to run published checkpoints; `field` does what the paper describes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gsr.config import ModelConfig
+from gsr.errors import InputError
+from gsr.models.bank import BankEncoded, BankHead, GaussianBank, pick
+from gsr.resize import _cubic, bicubic
+
+
+def whole_windows(x: Tensor, window: int) -> Tensor:
+    """Resize [B, C, h, w] bicubically to the next multiples of `window`; identity if it is one."""
+    size = tuple(math.ceil(n / window) * window for n in x.shape[-2:])
+    return x if size == tuple(x.shape[-2:]) else bicubic(x, size)
+
+
+def window_side(scale: tuple[float, float], window: int, taps: int) -> tuple[int, int]:
+    """HR pixels (k_y, k_x) that a window covers at `scale` (s_y, s_x).
+
+    Raises:
+        InputError: a window would be smaller than the kernel.
+    """
+    side = tuple(round(window * s) for s in scale)
+    if min(side) < taps:
+        raise InputError(
+            f"official mode cannot render at scale {min(scale):g}: a window of {window} LR pixels "
+            f"must cover {taps} HR pixels or more, so use a scale above {(taps - 0.5) / window:.3g}"
+        )
+    return side
+
+
+def window_weights(
+    gaussians: Tensor, scale: tuple[float, float], window: int = 7, taps: int = 5
+) -> Tensor:
+    """Weights of the shared Gaussians at every HR pixel of a window.
+
+    Each Gaussian is sampled at taps x taps points of [-5, 5]^2, placed one HR pixel apart around its
+    position, and interpolated bilinearly in between.
+
+    Args:
+        gaussians: [B, 4, h, w] (sigma down the rows, sigma along the columns, opacity, rho) at every
+            LR pixel, h and w multiples of `window`; averaged over images and windows here.
+        scale: (s_y, s_x).
+        window: side of a window, LR pixels.
+        taps: side of a kernel, HR pixels.
+
+    Returns:
+        [k_y, k_x, window^2] with k = round(window s), opacity included.
+
+    Raises:
+        InputError: k_y or k_x is below `taps`.
+
+    Source: the published code (not the paper), where these are `kernel_size` 5 and 7 x 7 windows.
+    """
+    side = window_side(scale, window, taps)
+    b, p, h, w = gaussians.shape
+    cut = gaussians.reshape(b, p, h // window, window, w // window, window)
+    mean = cut.mean(dim=(0, 2, 4)).flatten(1)
+    sigma_x, sigma_y, opacity, rho = mean[:, :, None, None]  # [window^2, 1, 1] each
+
+    u = torch.linspace(-5, 5, taps, device=gaussians.device, dtype=gaussians.dtype)
+    v, u = u[None, :], u[:, None]  # columns, rows
+    xx, yy, xy = sigma_x**2 + 1e-5, sigma_y**2 + 1e-5, rho * sigma_x * sigma_y
+    power = (
+        -0.5 * (yy * u**2 - 2 * xy * u * v + xx * v**2) / (xx * yy - xy**2)
+    )  # [window^2, taps, taps]
+    # Largest tap 1. Subtracted before exp, nothing overflows where |rho| > 1 makes it a saddle.
+    kernel = opacity * torch.exp(power - power.amax(dim=(1, 2), keepdim=True))
+
+    down, along = (_placement(k, window, taps, gaussians) for k in side)
+    kernel = kernel.view(window, window, taps, taps)
+    return torch.einsum("yxab,yai,xbj->ijyx", kernel, down, along).flatten(2)
+
+
+def _placement(k: int, window: int, taps: int, like: Tensor) -> Tensor:
+    """Share of tap a, of the Gaussian at a position, in HR pixel i: [window, taps, k]."""
+    i, a, y = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (k, taps, window))
+    shift = (1 - 2 * y / window) * (k - 1) / 2 - (k - taps) // 2
+    return (1 - (i + shift[:, None, None] - a[:, None]).abs()).clamp(min=0)
+
+
+def shared_splat(
+    features: Tensor, weights: Tensor, size: tuple[int, int], rows: tuple[int, int] | None = None
+) -> Tensor:
+    """Splat windows of features with the kernels they share, and resize the result to `size`.
+
+    Args:
+        features: [B, c, h, w], h and w multiples of the window's side.
+        weights: [k_y, k_x, n], from `window_weights`.
+        size: (H, W).
+        rows: only the rows rows[0] to rows[1], at the cost of the windows that they touch.
+
+    Returns:
+        [B, c, H, W], or [B, c, rows[1] - rows[0], W].
+
+    Source: the published code; window seams and holes between kernels at large scales belong to it.
+    """
+    b, c, h, w = features.shape
+    ky, kx, n = weights.shape
+    window = math.isqrt(n)
+    first, last = rows or (0, size[0])
+    tall = h // window * ky  # height of all windows, HR pixels
+    y = (torch.arange(first, last, device=features.device, dtype=torch.float64) + 0.5) * tall
+    y = y / size[0] - 0.5
+    # The windows under the first tap of the first row to the last tap of the last row.
+    top = max(0, math.floor((first + 0.5) * tall / size[0] - 0.5) - 1) // ky
+    end = min(tall - 1, math.floor((last - 0.5) * tall / size[0] - 0.5) + 2) // ky + 1
+
+    cut = features[:, :, top * window : end * window]
+    cut = cut.reshape(b, c, end - top, window, w // window, window).permute(3, 5, 0, 1, 2, 4)
+    out = weights.view(-1, n) @ cut.reshape(n, -1)  # [k_y k_x, B c L]
+    out = out.view(ky, kx, b, c, end - top, w // window).permute(2, 3, 4, 0, 5, 1)
+    out = out.reshape(b, c, (end - top) * ky, -1).clamp(0, 1)
+
+    # `bicubic` with rows, for a source of which only the rows from top k_y on exist.
+    tap = torch.floor(y)
+    t = (y - tap).to(out.dtype)
+    resized = 0
+    for step in range(-1, 3):
+        row = (tap.long() + step).clamp(0, tall - 1) - top * ky
+        resized = resized + out.index_select(2, row) * _cubic((t - step).abs())[:, None]
+    return bicubic(resized, (last - first, size[1]))
+
+
+class OfficialHead(BankHead):
+    """Head of `official`. One image's result depends on the others of its batch.
+
+    Args:
+        config: `encoder.n_feats`, `bank` and `decoder` are used.
+
+    Raises:
+        InputError: `bank` or `decoder` has a value out of range.
+    """
+
+    def __init__(self, config: ModelConfig):
+        bank = config.bank
+        if bank.window < 1 or bank.kernel_size < 2:
+            raise InputError(
+                "bank.window must be at least 1 and bank.kernel_size at least 2 in official mode, "
+                f"not {bank.window} and {bank.kernel_size}"
+            )
+        super().__init__(config, GaussianBank(bank.points))
+
+    def splat_rows(self, encoded: BankEncoded, size, scale):
+        c = self.config
+        features = whole_windows(encoded.features[:, : c.channels], c.window)
+        gaussians = whole_windows(encoded.gaussians, c.window)
+        weights = window_weights(gaussians, scale, c.window, c.kernel_size)
+        return lambda first, last: shared_splat(features, weights, size, (first, last))
+
+    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
+        # 49 x 8 multiply-adds an HR pixel: less than the decoder at a thousandth of the pixels.
+        splatted = self.splat_rows(encoded, size, scale)(0, size[0])
+        return lambda y, x: pick(splatted, y, x)

@@ -1,0 +1,95 @@
+"""The oracle: each operator once more in plain, differentiable PyTorch, as its formula reads.
+
+Nothing here is fast. Every kernel and every CPU form is tested against these functions, outputs and
+gradients, so they are kept short enough to check by eye.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+def grid_points(
+    h: int, w: int, size: tuple[int, int], rows: tuple[int, int] | None = None, device=None
+) -> Tensor:
+    """LR coordinates of the centres of the HR pixels, row by row.
+
+    HR pixel i of H sits at (i + 0.5) h / H - 0.5 LR pixels, where LR pixel i has its centre at i.
+    Float64, because float32 loses sub-pixel digits beyond a few thousand pixels.
+
+    Returns [rows * W, 2], (y, x).
+    """
+    first, last = rows or (0, size[0])
+    y = (torch.arange(first, last, device=device, dtype=torch.float64) + 0.5) * h / size[0] - 0.5
+    x = (torch.arange(size[1], device=device, dtype=torch.float64) + 0.5) * w / size[1] - 0.5
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def splat_at(
+    values: Tensor,  # [B, K, C, h, w]
+    sigma: Tensor,  # [B, K, 2, h, w], (y, x), LR pixels, > 0
+    rho: Tensor,  # [B, K, h, w], in (-1, 1)
+    opacity: Tensor,  # [B, K, h, w], >= 0
+    points: Tensor,  # [B, Q, 2], (y, x), LR pixels, centre of pixel i at i
+    offset: Tensor | None = None,  # [B, K, 2, h, w], (y, x), LR pixels from the pixel's centre
+    radius: int = 3,
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Sum of the Gaussians of the (2 radius + 1)^2 LR pixels nearest to each point: [B, Q, C].
+
+    With d = point - (pixel + offset), u = d / sigma (component by component) and
+    q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2). The
+    result is sum(w value), divided by sum(w) + eps if `normalize`. (GaussianSR, AAAI 2025, section
+    3: the 2D Gaussian in its sigma, rho form.) LR pixels outside the picture do not take part.
+    """
+    b, k, c, h, w = values.shape
+    offset = torch.zeros_like(sigma) if offset is None else offset
+    gaussians = torch.cat([values, sigma, offset, rho[:, :, None], opacity[:, :, None]], dim=2)
+
+    nearest = torch.floor(points + 0.5)
+    inside = torch.tensor([h - 1, w - 1], dtype=nearest.dtype, device=nearest.device)
+    nearest = nearest.clamp(min=torch.zeros_like(inside), max=inside)
+    steps = torch.arange(-radius, radius + 1, device=points.device)
+    steps = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).reshape(-1, 2)
+    pixel = nearest.long()[:, :, None] + steps  # [B, Q, n, 2]
+    exists = ((pixel >= 0) & (pixel <= inside.long())).all(dim=-1)  # [B, Q, n]
+    away = ((points - nearest)[:, :, None] - steps).to(sigma.dtype)  # [B, Q, n, 2]
+
+    pixel = pixel.clamp(min=torch.zeros_like(inside).long(), max=inside.long())
+    image = torch.arange(b, device=points.device)[:, None, None]
+    row = (image * h + pixel[..., 0]) * w + pixel[..., 1]
+    table = rearrange(gaussians, "b k p h w -> (b h w) (k p)")
+    near = table.index_select(0, row.reshape(-1)).reshape(*row.shape, k, c + 6)
+    value, s, o, r, alpha = near.split([c, 2, 2, 1, 1], dim=-1)
+    r, alpha = r[..., 0], alpha[..., 0]  # [B, Q, n, K]
+
+    u = (away[:, :, :, None] - o) / s
+    q = (u[..., 0] ** 2 - 2 * r * u[..., 0] * u[..., 1] + u[..., 1] ** 2) / (1 - r**2)
+    weight = alpha * torch.exp(-0.5 * q) * exists[..., None]
+    out = einsum(weight, value, "b q n k, b q n k c -> b q c")
+    return out / (weight.sum(dim=(2, 3))[..., None] + eps) if normalize else out
+
+
+def splat(
+    values: Tensor,  # [B, K, C, h, w]
+    sigma: Tensor,
+    rho: Tensor,
+    opacity: Tensor,
+    size: tuple[int, int],
+    offset: Tensor | None = None,
+    radius: int = 3,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """`splat_at` at every pixel centre of an HR picture of `size` (H, W): [B, C, H, W].
+
+    `rows` (first, last) gives only those rows of it, [B, C, last - first, W].
+    """
+    b, _, _, h, w = values.shape
+    points = grid_points(h, w, size, rows, values.device).expand(b, -1, -1)
+    out = splat_at(values, sigma, rho, opacity, points, offset, radius, normalize, eps)
+    return rearrange(out, "b (y x) c -> b c y x", x=size[1])

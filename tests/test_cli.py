@@ -1,0 +1,232 @@
+"""The command line: results as the library's, refusals in one sentence with exit code 2."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gsr
+from gsr import cli, infer
+from gsr.checkpoint import save_model
+from gsr.errors import InputError
+from gsr.image import read_image, write_image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_model, picture):
+    """A folder to work in, with photo.png and a model folder."""
+    monkeypatch.chdir(tmp_path)
+    write_image("photo.png", picture)
+    save_model("model", tiny_model)
+    return tmp_path
+
+
+def upscale(*argv, model="model"):
+    cli.main(["upscale", "photo.png", "--model", model, *argv])
+
+
+def refused(capsys, *argv, **kwargs):
+    with pytest.raises(SystemExit) as caught:
+        upscale(*argv, **kwargs)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and out == ""
+    return err
+
+
+def test_scale(here, tiny_model, picture, capsys):
+    upscale("-o", "out.png", "--scale", "3.7")
+    expected = gsr.upscale(picture, 3.7, model=tiny_model)
+    np.testing.assert_array_equal(read_image("out.png"), expected)
+    out, err = capsys.readouterr()
+    assert out.startswith("out.png: 63 x 44 in ") and err == ""
+
+
+def test_two_scales_and_size_are_width_first(here):
+    upscale("-o", "out.png", "--scale", "2x3.5")
+    assert Image.open("out.png").size == (34, 42)
+    upscale("-o", "out.png", "--size", "20x50", "--quiet")
+    assert Image.open("out.png").size == (20, 50)
+
+
+def test_quiet(here, capsys):
+    upscale("-o", "out.png", "--scale", "2", "-q", "--threads", "1", "--device", "cpu")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_compare(here, picture):
+    upscale("-o", "out.png", "--scale", "4", "--compare", "both.png")
+    both, large = read_image("both.png"), read_image("out.png")
+    height, width = large.shape[:2]
+    bicubic = np.asarray(
+        Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    )
+    np.testing.assert_array_equal(both[-height:, -width:], large)
+    np.testing.assert_array_equal(both[-height:, :width], bicubic)
+    # A label above each half, and the halves do not touch.
+    band = both[:-height]
+    assert band[:, :width].min() < 128 and band[:, -width:].min() < 128
+    assert (both[:, width : both.shape[1] - width] == 255).all() and both.shape[1] > 2 * width
+
+
+def test_transparency_survives(here, picture):
+    Image.fromarray(np.dstack([picture, picture[..., 0]])).save("photo.png")
+    upscale("-o", "out.png", "--scale", "2", "--compare", "both.jpg")
+    assert Image.open("out.png").mode == "RGBA" and Image.open("both.jpg").mode == "RGB"
+
+
+def test_several_photos_into_a_folder(here, picture, capsys):
+    write_image("second.jpg", picture)
+    Image.fromarray(picture).save("third.gif")
+    argv = ["upscale", "photo.png", "second.jpg", "third.gif", "--model", "model"]
+    cli.main([*argv, "-o", "large", "--scale", "2"])
+    assert sorted(os.listdir("large")) == ["photo.png", "second.jpg", "third.png"]
+    assert {Image.open(Path("large", name)).size for name in os.listdir("large")} == {(34, 24)}
+    upscale("-o", "folder/", "--scale", "2")
+    assert os.listdir("folder") == ["photo.png"]
+    capsys.readouterr()
+    for more, sentence in [
+        (["-o", "out.png/x", "--compare", "c.png"], "--compare takes one PHOTO"),
+        (["-o", "."], "would overwrite the input"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main([*argv, "--scale", "2", *more])
+        assert sentence in capsys.readouterr().err
+    os.mkdir("sub")
+    write_image("sub/photo.png", picture)
+    with pytest.raises(SystemExit):
+        cli.main(["upscale", "photo.png", "sub/photo.png", "-o", "large", "--scale", "2"])
+    assert "two photos would be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["-o", "out.png", "--scale", "0.5"], "photo.png: scale 0.5 is below 1"),
+        (["-o", "out.png", "--scale", "nan"], "photo.png: scale must be positive and finite"),
+        (["-o", "out.png", "--size", "16x50"], "is below the picture's 17 x 12"),
+        (["-o", "out.png", "--scale", "9999"], "--max-pixels"),
+        (["-o", "out.png", "--scale", "2", "--max-pixels", "815"], "= 816 pixels"),
+        (["-o", "out.gif", "--scale", "2"], "out.gif: the suffix '.gif' is none of .png"),
+        (["-o", "none/out.png", "--scale", "2"], "there is no folder none"),
+        (["-o", "photo.png", "--scale", "2"], "photo.png would overwrite the input"),
+        (["-o", "a.png", "--scale", "2", "--compare", "photo.png"], "would overwrite the input"),
+        (["-o", "a.png", "--scale", "2", "--compare", "./a.png"], "both name a.png"),
+        (["-o", "a.png", "--scale", "2", "--compare", "x/a.png"], "there is no folder x"),
+        (["-o", "out.png", "--scale", "2", "--threads", "0"], "--threads must be at least 1"),
+        (["-o", "out.png", "--scale", "2", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_refusals(here, capsys, argv, sentence):
+    err = refused(capsys, *argv)
+    assert err.startswith("gsr: error: ") and err.count("\n") == 1 and sentence in err
+    assert sorted(os.listdir()) == ["model", "photo.png"]
+
+
+def test_refusals_of_photo_and_model(here, capsys):
+    argv = ["-o", "out.png", "--scale", "2"]
+    assert "none: there is no such model" in refused(capsys, *argv, model="none")
+    Path("photo.png").write_bytes(Path("photo.png").read_bytes()[:100])
+    assert "photo.png is a damaged or truncated picture" in refused(capsys, *argv)
+    Path("photo.png").unlink()
+    assert "photo.png: there is no such file" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-o", "out.png"],
+        ["--scale", "2"],
+        ["-o", "out.png", "--scale", "2", "--size", "40x40"],
+        ["-o", "out.png", "--scale", "2x3x4"],
+        ["-o", "out.png", "--scale", "big"],
+        ["-o", "out.png", "--size", "40"],
+        ["-o", "out.png", "--size", "4.5x4"],
+    ],
+)
+def test_wrong_options(here, capsys, argv):
+    err = refused(capsys, *argv)
+    assert "gsr upscale: error: " in err and "usage:" in err
+
+
+def test_everything_is_checked_before_the_work(here, capsys, monkeypatch):
+    monkeypatch.setattr(infer, "upscale", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    refused(capsys, "-o", "none/out.png", "--scale", "2")
+    refused(capsys, "-o", "out.png", "--scale", "2", "--compare", "none/c.png")
+    refused(capsys, "-o", "out.png", "--scale", "0.5")
+    refused(capsys, "-o", "out.png", "--scale", "2", "--max-pixels", "815")
+    with pytest.raises(SystemExit):
+        cli.main(["upscale", "photo.png", "missing.png", "-o", "folder", "--scale", "2"])
+    assert "missing.png: there is no such file" in capsys.readouterr().err
+
+
+def test_folder_without_permission(here, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # by mode bits, root would still pass
+    assert "may not be written to" in refused(capsys, "-o", "a.png", "--scale", "2")
+
+
+def test_guard(capsys):
+    def raising(error):
+        def main(argv):
+            assert argv == ["x"]
+            raise error
+
+        return main
+
+    for error, code, text in [
+        (InputError("mend it."), 2, "gsr: error: mend it.\n"),
+        (KeyboardInterrupt(), 130, "gsr: interrupted\n"),
+        (SystemExit(5), 5, ""),
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            cli.guard(raising(error), ["x"])
+        assert caught.value.code == code and capsys.readouterr() == ("", text)
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        cli.guard(lambda argv: 1 / 0)
+    assert cli.guard(lambda argv: None) is None
+
+
+@pytest.mark.parametrize("name, module", [("train", "training"), ("evaluate", "evaluation")])
+def test_other_commands_get_their_arguments(monkeypatch, name, module):
+    seen = []
+    stub = types.ModuleType(f"gsr.{module}")
+    stub.main = seen.append
+    monkeypatch.setitem(sys.modules, f"gsr.{module}", stub)
+    monkeypatch.setattr(gsr, module, stub, raising=False)
+    cli.main([name, "--config", "x.yaml", "train.lr=1"])
+    assert seen == [["--config", "x.yaml", "train.lr=1"]]
+
+
+def test_version_and_help(capsys):
+    for argv, text in [
+        (["--version"], f"gsr {gsr.__version__}"),
+        (["--help"], "upscale"),
+        (["upscale", "--help"], "2 times as wide and 3.5 times"),
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 0 and text in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+
+
+def test_as_a_process(here):
+    command = [sys.executable, "-m", "gsr", "upscale", "photo.png", "--model", "model"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-o", "out.png", "--scale", "0.5"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("gsr: error: photo.png: scale 0.5") and len(
+        done.stderr.splitlines()
+    ) == 1

@@ -1,0 +1,228 @@
+"""Picture files: every mode is read as RGB, every broken file refused by name, writing is atomic."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gsr import image as gi
+from gsr.errors import InputError
+
+
+def refused(path, read=gi.read_image):
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF", ".bmp"])
+def test_lossless_round_trip(tmp_path, picture, suffix):
+    path = tmp_path / f"a{suffix}"
+    gi.write_image(path, picture)
+    np.testing.assert_array_equal(gi.read_image(path), picture)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
+def test_lossy_round_trip(tmp_path, picture, suffix):
+    path = tmp_path / f"a{suffix}"
+    gi.write_image(path, picture)
+    assert Image.open(path).format == {".webp": "WEBP"}.get(suffix, "JPEG")
+    error = np.abs(gi.read_image(path).astype(int) - picture)
+    # WebP halves the colour resolution; a colour offset or a swapped channel is far larger.
+    assert error.mean() < (10 if suffix == ".webp" else 1.5)
+
+
+def test_jpeg_is_quality_95_without_colour_subsampling(tmp_path, picture):
+    gi.write_image(tmp_path / "a.jpg", picture)
+    expected = tmp_path / "b.jpg"
+    Image.fromarray(picture).save(expected, quality=95, subsampling=0)
+    assert (tmp_path / "a.jpg").read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1", "CMYK", "P", "YCbCr", "HSV"])
+def test_modes_become_rgb(tmp_path, picture, mode):
+    original = Image.fromarray(picture)
+    source = original.quantize(256) if mode == "P" else original.convert(mode)
+    if mode in ("HSV", "YCbCr"):  # hardly any file keeps these
+        array = np.array(gi.to_rgb(source))
+    else:
+        path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+        source.save(path)
+        array = gi.read_image(path)
+    assert array.dtype == np.uint8 and array.shape == picture.shape
+    if mode in ("L", "LA"):
+        grey = np.asarray(original.convert("L"))
+        np.testing.assert_array_equal(array, np.stack([grey] * 3, -1))
+    elif mode == "1":
+        assert set(np.unique(array)) == {0, 255}
+    else:
+        tolerance = {"P": 4, "HSV": 8, "YCbCr": 4}.get(mode, 0)
+        assert np.abs(array.astype(int) - picture).max() <= tolerance
+
+
+def test_palette_with_transparency(tmp_path):
+    source = Image.new("P", (2, 1))
+    source.putpalette([255, 0, 0, 0, 0, 255])
+    source.putdata([0, 1])
+    source.save(tmp_path / "a.png", transparency=0)
+    array = gi.read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(array, [[[255, 0, 0], [0, 0, 255]]])
+    assert gi.has_alpha(gi.open_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey(tmp_path, suffix):
+    values = np.array([[0, 128, 129, 257 * 77, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    expected = [0, 0, 1, 77, 255]  # v / 257, rounded: not the high byte, not clipped at 255
+    np.testing.assert_array_equal(gi.read_image(tmp_path / f"a.{suffix}")[0, :, 1], expected)
+
+
+def test_32_bit_integers_and_floats(tmp_path):
+    def save(values):
+        Image.fromarray(np.array([values])).save(tmp_path / "a.tif")
+        return tmp_path / "a.tif"
+
+    assert gi.read_image(save(np.array([0, 65535], np.int32)))[0, :, 0].tolist() == [0, 255]
+    assert gi.read_image(save(np.array([0, 0.5, 1], np.float32)))[0, :, 0].tolist() == [0, 128, 255]
+    assert gi.read_image(save(np.array([0, 77, 255], np.float32)))[0, :, 0].tolist() == [0, 77, 255]
+    assert "0..65535" in refused(save(np.array([-1, 5], np.int32)))
+    assert "finite" in refused(save(np.array([0, np.nan], np.float32)))
+    assert "[0, 255]" in refused(save(np.array([0, 300], np.float32)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, picture, orientation):
+    # Where each orientation's stored pixels come from, written out: (transpose, flip y, flip x).
+    stored = {
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: picture.transpose(1, 0, 2)[::-1],
+        7: picture[::-1, ::-1].transpose(1, 0, 2),
+        8: picture.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(gi.read_image(tmp_path / "a.png"), picture)
+    assert gi.open_image(tmp_path / "a.png").getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow, of the TIFF cut short
+def test_broken_files_are_refused(tmp_path, picture):
+    good = tmp_path / "good.jpg"
+    gi.write_image(good, picture.repeat(20, 0).repeat(20, 1))
+    data = good.read_bytes()
+    cases = {
+        "empty.png": (b"", "is empty"),
+        "text.png": (b"no picture at all", "is not a picture"),
+        "truncated.jpg": (data[: len(data) // 2], "damaged or truncated"),
+        "header.jpg": (data[:20], ""),
+    }
+    for suffix in (".png", ".webp", ".tif", ".bmp"):
+        gi.write_image(tmp_path / f"x{suffix}", picture.repeat(20, 0).repeat(20, 1))
+        whole = (tmp_path / f"x{suffix}").read_bytes()
+        cases[f"cut{suffix}"] = (whole[: len(whole) * 2 // 3], "")
+    whole = bytearray((tmp_path / "x.png").read_bytes())
+    whole[60:80] = bytes(20)
+    cases["garbled.png"] = (bytes(whole), "damaged or truncated")
+    for name, (content, sentence) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert sentence in refused(tmp_path / name)
+
+
+def test_paths_that_hold_no_picture(tmp_path):
+    assert "no such file" in refused(tmp_path / "none.png")
+    assert "is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [100, 150])  # Pillow raises beyond twice its limit, warns below
+def test_decompression_bomb(tmp_path, picture, monkeypatch, limit):
+    gi.write_image(tmp_path / "a.png", picture)  # 204 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert f"more than {limit} pixels" in refused(tmp_path / "a.png")
+
+
+def test_list_images(tmp_path, picture):
+    for name in ("b.PNG", "sub/a.jpg", "sub/deep/c.webp", ".hidden.png", ".folder/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        gi.write_image(tmp_path / name, picture)
+    many = [f"many/{i * 7 % 20:02}.png" for i in range(20)]
+    for name in many:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in gi.list_images(tmp_path)]
+    assert found == ["b.PNG", *sorted(many), "sub/a.jpg", "sub/deep/c.webp"]
+    assert "no such folder" in refused(tmp_path / "none", gi.list_images)
+    assert "is a file" in refused(tmp_path / "notes.txt", gi.list_images)
+    assert "holds no picture" in refused(tmp_path / "folder.png", gi.list_images)
+
+
+def test_writing_is_refused(tmp_path, picture):
+    def refused_to_write(path, array=picture):
+        return refused(path, lambda path: gi.write_image(path, array))
+
+    assert ".png, .jpg" in refused_to_write(tmp_path / "a.gif")
+    assert "suffix ''" in refused_to_write(tmp_path / "a")
+    assert "create it" in refused_to_write(tmp_path / "none" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    assert "is a folder" in refused_to_write(tmp_path / "folder.png")
+    assert "float32" in refused_to_write(tmp_path / "a.png", picture.astype(np.float32))
+    assert "[2, 2, 2]" in refused_to_write(tmp_path / "a.png", np.zeros((2, 2, 2), np.uint8))
+    # A JPEG cannot be wider than 65,500 pixels.
+    assert "choose another suffix" in refused_to_write(
+        tmp_path / "a.jpg", np.zeros((1, 66000, 3), np.uint8)
+    )
+    assert sorted(os.listdir(tmp_path)) == ["folder.png"]
+
+
+def test_writing_is_atomic(tmp_path, picture, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+
+    def fail(*_):
+        assert path.read_bytes() == b"before"  # nothing touches the file until all is written
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        assert "No space left" in refused(path, lambda path: gi.write_image(path, picture))
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a.png"]
+    gi.write_image(path, picture)
+    np.testing.assert_array_equal(gi.read_image(path), picture)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_save_image_keeps_profile_and_lays_alpha_on_white(tmp_path, picture):
+    rgba = Image.fromarray(picture).convert("RGBA")
+    rgba.putalpha(0)
+    rgba.info["icc_profile"] = b"a profile"
+    for suffix in (".jpg", ".bmp"):
+        gi.save_image(tmp_path / f"a{suffix}", rgba)
+        assert gi.read_image(tmp_path / f"a{suffix}").min() == 255
+    assert Image.open(tmp_path / "a.jpg").info["icc_profile"] == b"a profile"
+    gi.save_image(tmp_path / "a.png", rgba)
+    back = gi.open_image(tmp_path / "a.png")
+    assert back.mode == "RGBA" and back.info["icc_profile"] == b"a profile"
+    np.testing.assert_array_equal(np.asarray(back)[..., :3], picture)
+
+
+def test_tensors(picture):
+    tensor = gi.to_tensor(picture)
+    assert tensor.shape == (1, 3, 12, 17) and tensor.dtype == torch.float32
+    assert tensor[0, 2, 3, 4] == picture[3, 4, 2] / np.float32(255)
+    np.testing.assert_array_equal(gi.to_uint8(tensor), picture)
+    np.testing.assert_array_equal(gi.to_uint8(tensor[0].double()), picture)
+    values = torch.tensor([-1.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 2.0])
+    levels = gi.to_uint8(values.expand(1, 3, 1, 5))
+    assert levels[0, :, 0].tolist() == [0, 0, 1, 255, 255] and levels.dtype == np.uint8

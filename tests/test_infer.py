@@ -1,0 +1,380 @@
+"""Enlarging: tiles and strips change nothing, every kind of picture comes back as itself."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gsr
+from gsr import infer
+from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
+from gsr.errors import InputError
+from gsr.image import to_tensor
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+@pytest.fixture(autouse=True)
+def small_strips(monkeypatch):
+    """Strips of a few rows, so that even these small pictures take several."""
+    monkeypatch.setattr(infer, "STRIP_PIXELS", 200)
+
+
+class Bicubic(torch.nn.Module):
+    """Stands for a model, so that results can be compared with Pillow's; notes how it is used."""
+
+    halo = 0
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Conv2d(1, 1, 1)
+        self.head = torch.nn.Dropout()
+        self.config = ModelConfig()
+        self.calls = []
+
+    def encode(self, lr):
+        from gsr.models.direct import DirectEncoded
+
+        self.calls.append((self.training, self.head.training, torch.is_inference_mode_enabled()))
+        return DirectEncoded(*[lr] * 6)
+
+    def render(self, encoded, size, scale=None, rows=None):
+        # As Pillow: a = -0.5 and no overshoot handled; antialias selects that kernel.
+        whole = torch.nn.functional.interpolate(encoded.lr, size, mode="bicubic", antialias=True)
+        return whole[:, :, rows[0] : rows[1]]
+
+
+# ---- tensors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+@pytest.mark.parametrize("size, scale", [((75, 60), None), ((52, 97), (1.52, 3.47))])
+def test_run_equals_the_model(mode, size, scale, monkeypatch):
+    monkeypatch.setattr(infer, "STRIP_PIXELS", 1200)
+    torch.manual_seed(1)
+    model = gsr.GaussianSR(
+        ModelConfig(
+            mode,
+            EncoderConfig(n_feats=8, n_blocks=1),
+            DirectConfig(gaussians=2, width=8),
+            BankConfig(points=16, channels=4),
+            DecoderConfig(hidden_dim=8, hidden_list=[8]),
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("encoder", "head.out", "head.hidden")):
+                parameter.normal_(0, 0.15)
+    lr = torch.rand(2, 3, 34, 28)
+    with torch.no_grad():
+        expected = model.eval()(lr, size=size, scale=scale)
+    for tile in (11, 192):
+        result = infer.run(model, lr, size, scale, tile=tile)
+        assert result.shape == (2, 3, *size) and result.dtype == torch.float32
+        assert (result - expected).abs().max() < 1e-5
+    # The test would see a halo that is too small: this picture does differ from bicubic.
+    enlarged = torch.nn.functional.interpolate(lr, size, mode="bicubic")
+    assert (expected - enlarged).abs().max() > 0.01
+
+
+def test_a_missing_halo_would_be_seen(tiny_model):
+    lr = torch.rand(1, 3, 34, 28)
+    with torch.inference_mode():
+        whole = tiny_model.encode(lr)
+        for field, expected in zip(infer.encode_tiled(tiny_model, lr, 9), whole, strict=True):
+            assert field.shape == expected.shape and (field - expected).abs().max() < 1e-6
+        type(tiny_model).halo, halo = 0, type(tiny_model).halo
+        try:
+            cut = infer.encode_tiled(tiny_model, lr, 9)
+        finally:
+            type(tiny_model).halo = halo
+    assert (cut.colour - whole.colour).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("length", [1, 8, 25, 26, 100])
+def test_spans_cover_everything_once(length):
+    spans = list(infer._spans(length, 10, 8))
+    assert [i for (start, stop), _ in spans for i in range(start, stop)] == list(range(length))
+    for (start, stop), (low, high) in spans:
+        assert low == max(0, start - 8) and high == min(length, stop + 8)
+        assert high - low <= 10 + 2 * 8
+
+
+def test_results_can_be_trained_on(tiny_model):
+    result = infer.run(tiny_model, torch.rand(1, 3, 8, 8), (16, 16))
+    weight = torch.ones(1, requires_grad=True)
+    (result * weight).sum().backward()  # an inference tensor would raise here
+    assert weight.grad is not None and not result.requires_grad
+
+
+def test_training_flags_are_restored(picture):
+    model = Bicubic()
+    model.train()
+    model.encoder.eval()
+    gsr.upscale(picture, 2, model=model)
+    assert model.calls == [(False, False, True)]
+    assert model.training and model.head.training and not model.encoder.training
+    model.render = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        gsr.upscale(picture, 2, model=model)
+    assert model.training and not model.encoder.training
+
+
+def test_progress_ends_at_its_total(tiny_model, monkeypatch):
+    import tqdm
+
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+            self.steps = []
+
+        def update(self, n=1):
+            self.steps.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    infer.run(tiny_model, torch.rand(1, 3, 34, 28), (75, 60), progress=True, tile=9)
+    infer.upscale(torch.rand(2, 3, 34, 28), 2, model=tiny_model, progress=True)
+    assert len(bars) == 2
+    for bar in bars:
+        assert bar.n == pytest.approx(bar.total) and len(bar.steps) > 10 and min(bar.steps) > 0
+    infer.run(tiny_model, torch.rand(1, 3, 8, 8), (8, 8))
+    assert len(bars) == 2
+
+
+# ---- kinds of picture ---------------------------------------------------------------------------
+
+
+def test_uint8_array_equals_the_model(tiny_model, picture):
+    with torch.no_grad():
+        expected = tiny_model(to_tensor(picture), scale=(3.5, 2))[0].clamp(0, 1) * 255
+    result = gsr.upscale(picture, (3.5, 2), model=tiny_model)
+    assert result.dtype == np.uint8 and result.shape == (42, 34, 3)
+    error = np.abs(result - expected.permute(1, 2, 0).numpy())
+    assert error.max() < 0.501
+    # Unclamped, this model leaves the range, and so the clamp is seen.
+    with torch.no_grad():
+        assert tiny_model(to_tensor(picture), scale=(3.5, 2)).abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_float_arrays(tiny_model, picture, dtype):
+    values = (picture / 255).astype(dtype)
+    result = gsr.upscale(values, size=(30, 40), model=tiny_model)
+    assert result.dtype == np.dtype(dtype) and result.shape == (30, 40, 3)
+    expected = infer.run(tiny_model, torch.tensor(values.astype(np.float32)).permute(2, 0, 1)[None],
+                         (30, 40)).clamp(0, 1)  # fmt: skip
+    tolerance = 1e-3 if dtype == np.float16 else 1e-6
+    np.testing.assert_allclose(result, expected[0].permute(1, 2, 0), atol=tolerance)
+
+
+def test_grey_arrays(tiny_model, picture):
+    grey = picture[..., 0]
+    flat = gsr.upscale(grey, 2, model=tiny_model)
+    deep = gsr.upscale(grey[..., None], 2, model=tiny_model)
+    colour = gsr.upscale(np.stack([grey / 255] * 3, -1), 2, model=tiny_model)
+    assert flat.shape == (24, 34) and deep.shape == (24, 34, 1) and flat.dtype == np.uint8
+    np.testing.assert_array_equal(flat, deep[..., 0])
+    np.testing.assert_allclose(flat, 255 * colour @ [0.299, 0.587, 0.114], atol=0.502)
+    real = gsr.upscale(grey / 255, 2, model=tiny_model)
+    np.testing.assert_allclose(real, colour @ [0.299, 0.587, 0.114], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_alpha_of_arrays_is_bicubic(tiny_model, picture, kind):
+    rgba = np.dstack([picture, picture[..., 0]])
+    rgba = rgba if kind == np.uint8 else (rgba / 255).astype(kind)
+    result = gsr.upscale(rgba, 2, model=tiny_model)
+    assert result.shape == (24, 34, 4) and result.dtype == kind
+    np.testing.assert_array_equal(
+        result[..., :3], gsr.upscale(rgba[..., :3].copy(), 2, model=tiny_model)
+    )
+    expected = np.asarray(Image.fromarray(rgba[..., 3].copy()).resize((34, 24), BICUBIC))
+    np.testing.assert_array_equal(result[..., 3], expected)
+
+
+def test_read_only_and_reversed_arrays(tiny_model, picture):
+    expected = gsr.upscale(picture[::-1, ::-1].copy(), 2, model=tiny_model)
+    view = picture[::-1, ::-1]
+    view.flags.writeable = False
+    np.testing.assert_array_equal(gsr.upscale(view, 2, model=tiny_model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_tensors(tiny_model, picture, dtype):
+    tensor = to_tensor(picture)[0]
+    tensor = (tensor * 255).to(dtype) if dtype == torch.uint8 else tensor.to(dtype)
+    result = gsr.upscale(tensor, 2.5, model=tiny_model)
+    assert result.shape == (3, 30, 42) and result.dtype == dtype
+    expected = infer.run(tiny_model, to_tensor(picture), (30, 42), 2.5)[0].clamp(0, 1)
+    if dtype == torch.uint8:
+        assert (result - expected * 255).abs().max() < 0.501
+    else:
+        tolerance = 5e-3 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=0)
+    batch = torch.stack([tensor, tensor.flip(2)])
+    both = gsr.upscale(batch, 2.5, model=tiny_model)
+    assert both.shape == (2, 3, 30, 42) and torch.equal(both[0], result)
+    assert torch.equal(both[1], gsr.upscale(tensor.flip(2), 2.5, model=tiny_model))
+
+
+def test_tensors_that_need_gradients(tiny_model):
+    result = gsr.upscale(torch.rand(3, 8, 8, requires_grad=True), 2, model=tiny_model)
+    assert not result.requires_grad and not result.is_inference()
+
+
+def convert(picture, mode):
+    if mode == "I;16":
+        return Image.fromarray(picture[..., 0].astype(np.uint16) * 257)
+    image = Image.fromarray(picture).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(picture[..., 1]))
+    return image
+
+
+@pytest.mark.parametrize(
+    "mode, back",
+    [
+        ("RGB", "RGB"),
+        ("L", "L"),
+        ("RGBA", "RGBA"),
+        ("LA", "LA"),
+        ("P", "RGB"),
+        ("1", "L"),
+        ("I;16", "L"),
+        ("CMYK", "RGB"),
+    ],
+)
+def test_pillow_modes(picture, mode, back):
+    image = convert(picture, mode)
+    result = gsr.upscale(image, (2, 3), model=Bicubic())
+    assert result.mode == back and result.size == (51, 24)
+    simple = {"I;16": Image.fromarray(picture[..., 0])}.get(mode, image).convert(back)
+    bands = [np.asarray(band.resize((51, 24), BICUBIC)) for band in simple.split()]
+    error = np.abs(np.asarray(result).reshape(24, 51, -1) - np.stack(bands, -1).astype(int))
+    # Of pure black and white, Pillow clamps the overshoot between its two passes.
+    assert error.max() <= (30 if mode == "1" else 1)
+    assert "A" not in mode or error[..., -1].max() == 0
+
+
+def test_palette_with_transparency(picture):
+    image = Image.fromarray(picture).quantize(4)
+    image.info["transparency"] = 2
+    result = gsr.upscale(image, 2, model=Bicubic())
+    alpha = image.convert("RGBA").getchannel("A").resize((34, 24), BICUBIC)
+    assert result.mode == "RGBA" and alpha.getextrema() == (0, 255)
+    assert result.getchannel("A").tobytes() == alpha.tobytes()
+
+
+def test_pillow_keeps_profile_and_carries_out_orientation(tiny_model, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(picture).save(path, exif=exif, icc_profile=b"a profile")
+    result = gsr.upscale(Image.open(path), size=(34, 24), model=tiny_model)
+    expected = gsr.upscale(np.rot90(picture, -1), size=(34, 24), model=tiny_model)
+    np.testing.assert_array_equal(np.asarray(result), expected)
+    assert result.info["icc_profile"] == b"a profile"
+    cmyk = Image.fromarray(picture).convert("CMYK")
+    cmyk.info["icc_profile"] = b"of inks"
+    assert "icc_profile" not in gsr.upscale(cmyk, 1, model=tiny_model).info
+
+
+def test_one_pixel(tiny_model):
+    for image in (np.full((1, 1, 3), 7, np.uint8), torch.rand(3, 1, 1)):
+        result = gsr.upscale(image, size=(5, 3), model=tiny_model)
+        assert sorted(result.shape) == [3, 3, 5]
+
+
+def test_bundled_model_is_the_default(monkeypatch, tiny_model, picture):
+    from gsr import checkpoint
+
+    infer._bundled.cache_clear()
+    monkeypatch.setattr(checkpoint, "load", lambda: tiny_model)
+    try:
+        result = gsr.upscale(picture, 2)
+    finally:
+        infer._bundled.cache_clear()
+    np.testing.assert_array_equal(result, gsr.upscale(picture, 2, model=tiny_model))
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({}, "exactly one"),
+        ({"scale": 2, "size": (24, 34)}, "exactly one"),
+        ({"scale": 0}, "positive and finite, not 0"),
+        ({"scale": -2}, "positive and finite"),
+        ({"scale": float("nan")}, "positive and finite"),
+        ({"scale": (2, float("inf"))}, "positive and finite"),
+        ({"scale": 0.5}, "Pillow's Image.resize"),
+        ({"scale": (2, 0.9)}, "below 1"),
+        ({"scale": (2, 2, 2)}, "a number or (s_y, s_x)"),
+        ({"scale": "2"}, "a number or (s_y, s_x)"),
+        ({"scale": True}, "a number or (s_y, s_x)"),
+        ({"size": (11, 34)}, "34 x 11 (width x height) is below the picture's 17 x 12"),
+        ({"size": (24, 16)}, "Pillow's Image.resize"),
+        ({"size": (0, 34)}, "positive"),
+        ({"size": (24.5, 34)}, "two whole numbers"),
+        ({"size": 24}, "two whole numbers"),
+        ({"size": (24, 34, 3)}, "two whole numbers"),
+        ({"size": (20000, 20001)}, "20001 x 20000 = 400,020,000 pixels"),
+        ({"scale": 1e5}, "max_pixels"),
+        ({"scale": 2, "max_pixels": 815}, "34 x 24 = 816 pixels"),
+    ],
+)
+def test_sizes_that_are_refused(tiny_model, picture, arguments, sentence):
+    for image in (picture, to_tensor(picture), Image.fromarray(picture)):
+        with pytest.raises(InputError) as caught:
+            gsr.upscale(image, model=tiny_model, **arguments)
+        assert sentence in str(caught.value)
+
+
+def test_sizes_that_are_taken(picture):
+    assert infer.target_size((12, 17), 1) == ((12, 17), (1, 1))
+    assert infer.target_size((12, 17), np.float32(1.25)) == ((15, 21), (1.25, 1.25))
+    assert infer.target_size((12, 17), torch.tensor(2.0)) == ((24, 34), (2, 2))
+    assert infer.target_size((12, 17), [2, 3]) == ((24, 51), (2, 3))
+    assert infer.target_size((12, 17), size=np.array([12, 34])) == ((12, 34), (1, 2))
+    assert infer.target_size((12, 17), 2, max_pixels=816)[0] == (24, 34)
+
+
+@pytest.mark.parametrize(
+    "image, sentence",
+    [
+        (np.zeros((3, 8, 8), np.float32), "transpose(1, 2, 0)"),
+        (np.zeros((8, 8, 2), np.uint8), "not [8, 8, 2]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "not [1, 8, 8, 3]"),
+        (np.zeros((0, 8, 3), np.uint8), "empty"),
+        (np.zeros((8, 8, 3), np.int64), "int64"),
+        (np.zeros((8, 8, 3), np.uint16), "uint16"),
+        (np.full((8, 8, 3), 200.0), "divide by 255"),
+        (np.full((8, 8, 3), -0.1), "[-0.1, -0.1]"),
+        (np.full((8, 8), np.nan), "NaN"),
+        (np.full((8, 8), np.inf), "NaN or infinity"),
+        (torch.zeros(8, 8, 3), "permute(2, 0, 1)"),
+        (torch.zeros(8, 8), "not [8, 8]"),
+        (torch.zeros(1, 4, 8, 8), "not [1, 4, 8, 8]"),
+        (torch.zeros(0, 3, 8, 8), "empty"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+        (torch.full((3, 8, 8), 1.5), "divide by 255"),
+        (torch.full((3, 8, 8), float("nan")), "NaN"),
+        ("photo.png", "gsr.image.read_image reads files"),
+        ([[1]], "not list"),
+    ],
+)
+def test_pictures_that_are_refused(tiny_model, image, sentence):
+    with pytest.raises(InputError) as caught:
+        gsr.upscale(image, 2, model=tiny_model)
+    assert sentence in str(caught.value)
+
+
+def test_models_that_are_refused(picture):
+    with pytest.raises(InputError, match="gsr.load"):
+        gsr.upscale(picture, 2, model="gsr-lite")
