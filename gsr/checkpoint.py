@@ -109,7 +109,8 @@ def _card(model: GaussianSR) -> str:
     return (
         f"# GaussianSR, mode {model.config.mode}\n\n"
         f"{count:,} parameters. Load it with `gsr.load(folder)`, use it with `gsr.upscale` or "
-        "`gsr upscale --model FOLDER`.\n\nLicence, training data, protocol and metrics: not stated.\n"
+        "`gsr upscale --model FOLDER`.\n\n"
+        "Licence, training data, protocol and metrics: not stated.\n"
     )
 
 

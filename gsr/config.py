@@ -49,7 +49,7 @@ class BankConfig:
 
     points: int = 100  # N, Gaussians in the bank (a square number)
     channels: int = 8  # feature channels that are splatted; the rest is resized bicubically
-    window: int = 7  # side of the LR window (official: disjoint windows; field: nearest pixels; odd)
+    window: int = 7  # side in LR pixels, odd (official: disjoint windows; field: nearest pixels)
     kernel_size: int = 5  # taps a side, official only
     assignment: Literal["argmax", "softmax", "gumbel"] = "argmax"  # in evaluation
     train_assignment: Literal["gumbel", "softmax"] = "gumbel"  # in training
@@ -75,7 +75,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train: str = "data/train"  # folder of HR pictures, searched recursively
-    val: str | None = None  # folder of HR pictures; None: the last `val_count` of `train`, not trained on
+    val: str | None = None  # folder of HR pictures; None: the last `val_count` of `train`, set aside
     val_count: int = 10  # pictures used for validation
     patch: int = 48  # LR patch side, pixels
     scale_min: float = 1.0

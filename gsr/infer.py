@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
 TILE = 192  # side of a tile, LR pixels, without the halo
-STRIP_PIXELS = 2**18  # HR pixels rendered at once
+STRIP_PIXELS = 2**14  # HR pixels rendered at once: the splat holds about 5 kB for each
 MAX_PIXELS = 400_000_000  # largest output, unless the caller raises it: 1.2 GB as bytes
 
 

@@ -41,9 +41,9 @@ def splat_at(
     """Sum of the Gaussians of the (2 radius + 1)^2 LR pixels nearest to each point: [B, Q, C].
 
     With d = point - (pixel + offset), u = d / sigma (component by component) and
-    q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2). The
-    result is sum(w value), divided by sum(w) + eps if `normalize`. (GaussianSR, AAAI 2025, section
-    3: the 2D Gaussian in its sigma, rho form.) LR pixels outside the picture do not take part.
+    q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2) and
+    the result is sum(w value), divided by sum(w) + eps if `normalize`. LR pixels outside the picture
+    do not take part. (GaussianSR, AAAI 2025, section 3: the 2D Gaussian in its sigma, rho form.)
     """
     b, k, c, h, w = values.shape
     offset = torch.zeros_like(sigma) if offset is None else offset

@@ -1,4 +1,4 @@
-"""Picture files: every mode is read as RGB, every broken file refused by name, writing is atomic."""
+"""Picture files: every mode is read as RGB, broken files are refused, writing is atomic."""
 
 import os
 

@@ -132,12 +132,16 @@ def test_kernels_folder_is_found(tmp_path, home):
 
 def test_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert (ROOT / "kernels" / "README.md").is_file()  # without a file a wheel would lack the folder
+    assert (ROOT / "kernels" / "README.md").is_file()  # a wheel needs a file to make the folder
 
 
 # ---- building -----------------------------------------------------------------------------------
 
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(*sys.argv[2:]))"  # noqa: E501
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(*sys.argv[2:]))
+"""
 
 
 def build(source, form, target):

@@ -1,4 +1,4 @@
-"""The splat oracle: against its formula, written as loops, and the properties that follow from it."""
+"""The splat oracle: against its formula, written as loops, and what follows from it."""
 
 import math
 
