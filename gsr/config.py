@@ -75,7 +75,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train: str = "data/train"  # folder of HR pictures, searched recursively
-    val: str | None = None  # folder of HR pictures; None: the last `val_count` of `train`, set aside
+    val: str | None = None  # folder of HR pictures; None: the last val_count of train, set aside
     val_count: int = 10  # pictures used for validation
     patch: int = 48  # LR patch side, pixels
     scale_min: float = 1.0

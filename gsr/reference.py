@@ -42,8 +42,8 @@ def splat_at(
 
     With d = point - (pixel + offset), u = d / sigma (component by component) and
     q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2) and
-    the result is sum(w value), divided by sum(w) + eps if `normalize`. LR pixels outside the picture
-    do not take part. (GaussianSR, AAAI 2025, section 3: the 2D Gaussian in its sigma, rho form.)
+    the result is sum(w value), divided by sum(w) + eps if `normalize`. LR pixels outside the
+    picture do not take part. (GaussianSR, AAAI 2025, section 3: a 2D Gaussian by sigma and rho.)
     """
     b, k, c, h, w = values.shape
     offset = torch.zeros_like(sigma) if offset is None else offset
