@@ -294,3 +294,17 @@ def test_neighbours_are_pixels_of_the_resized_picture(size):
 def test_impossible_windows_are_refused(window):
     with pytest.raises(InputError, match="bank.window must be odd"):
         make(window=window)
+
+
+@pytest.mark.parametrize("window", [3, 5, 7])
+def test_a_gaussian_ends_with_its_window(window):
+    """One lit LR pixel lights what is within window / 2 LR pixels of it, and fades before."""
+    model = make(window=window)
+    features = torch.zeros(1, 12, 11, 11)
+    features[:, :4, 5, 5] = 1
+    gaussians = torch.tensor([model.head.bank.high] * 2 + [0.5, 0.0])[None, :, None, None]
+    encoded = BankEncoded(features, gaussians.expand(1, 4, 11, 11))
+    lit = model.head.splat_rows(encoded, (44, 44), None)(0, 44)[0, 0]
+    first, last = (lit.amax(1) > 0).nonzero()[[0, -1], 0].tolist()
+    assert (first, last) == (22 - 2 * window, 21 + 2 * window)
+    assert lit[first].max() < 2e-3 * lit.max()

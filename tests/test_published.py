@@ -63,6 +63,7 @@ def fabricated(blocks, feats, hidden, widths, points, **args):
 
 def spec(name="edsr-baseline", widths=(12, 10, 14), **args):
     return {
+        "kernel_size": 5,
         "encoder_spec": {"name": name, "args": {"no_upsampling": True, **args}},
         "dec_spec": {"name": "mlp", "args": {"out_dim": 3, "hidden_list": list(widths)}},
     }
@@ -99,7 +100,7 @@ def test_the_published_size_has_the_published_number_of_parameters(tmp_path):
 
 def test_other_sizes(tmp_path):
     args = spec("edsr", n_resblocks=2, n_feats=16)
-    checkpoint = fabricated(2, 16, 24, [12, 10, 14], 9, kernel_size=3, **args)
+    checkpoint = fabricated(2, 16, 24, [12, 10, 14], 9, **args | {"kernel_size": 3})
     model = load_published(saved(checkpoint, tmp_path))
     config = model.config
     assert (config.encoder.n_blocks, config.encoder.n_feats, config.encoder.res_scale) == (
@@ -216,7 +217,8 @@ def test_other_contents(tmp_path, other):
         ("args", {"kernel_size": torch.zeros(2)}, "hold more than text"),
         ("args", {1: 2}, "hold more than text"),
         ("args", [5], r"args = \[5\]"),
-        ("args", {}, "encoder_spec = None"),
+        ("args", {}, "kernel_size = None"),
+        ("args", {"kernel_size": 5}, "encoder_spec = None"),
         ("sd", [torch.zeros(1)], "not a dictionary of tensors"),
         ("sd", {"coef.weight": 3}, "not a dictionary of tensors"),
         ("sd", {}, "encoder.edsr.head.0.weight is missing"),
@@ -231,6 +233,7 @@ def test_other_models(content, tmp_path, key, value, pattern):
     "key, value",
     [
         ("kernel_size", 1),
+        ("kernel_size", None),
         ("kernel_size", "5"),
         ("kernel_size", True),
         ("unfold_row", 9),
@@ -244,6 +247,7 @@ def test_other_models(content, tmp_path, key, value, pattern):
         ("encoder_spec.name", ["edsr"]),
         ("encoder_spec.surprise", 1),
         ("encoder_spec.args.n_resblocks", 2),
+        ("encoder_spec.args.n_resblocks", True),
         ("encoder_spec.args.n_feats", 32),
         ("encoder_spec.args.res_scale", "one"),
         ("encoder_spec.args.res_scale", float("nan")),

@@ -178,7 +178,7 @@ class BankHead(nn.Module):
         return self.decoder.query(neighbours, coord, encoded.features.shape[-2:], size)
 
     def splat_rows(self, encoded: BankEncoded, size, scale):
-        """A function of (first, last) giving rows of the splatted stream [B, c, last - first, W]."""
+        """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""
         raise NotImplementedError
 
     def splat_points(self, encoded: BankEncoded, size, scale, queries: int):

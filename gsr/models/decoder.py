@@ -1,7 +1,7 @@
 """The decoder of `official` and `field`: features at HR to colours, through learnt waves.
 
-At every HR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves are
-evaluated at the pixel's position relative to the nearest LR pixel and an MLP turns them into RGB.
+At every HR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves
+are evaluated at the pixel's position relative to the nearest LR pixel, and an MLP makes them RGB.
 A picture is decoded by strips of rows, and single points from their 3 x 3 neighbourhoods alone, so
 that neither the 512 channels at HR nor a whole HR picture of features ever exists.
 """
@@ -87,7 +87,9 @@ class FourierDecoder(nn.Module):
             for n, n_hr in zip(lr_size, size, strict=True)
         )
         step = max(1, STRIP // (batch * size[1]))
-        parts = []
+        # Allocated first: strips kept for a final `cat` would lie between the large buffers and
+        # fragment the heap.
+        out = weight.new_empty(batch, 3, last - first, size[1])
         for a in range(first, last, step):
             b = min(a + step, last)
             features = strip(max(a - 1, 0), min(b + 1, size[0]))
@@ -99,8 +101,8 @@ class FourierDecoder(nn.Module):
             rgb = self._rgb(
                 waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], lr_size, size
             )
-            parts.append(rgb.permute(0, 3, 1, 2))
-        return torch.cat(parts, dim=2)
+            out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
+        return out
 
     def query(
         self,

@@ -1,7 +1,7 @@
 """The `field` head: what the paper describes, a continuous field of features.
 
-Every LR pixel has one Gaussian, chosen from the bank for that pixel alone, with sigma in LR pixels and
-its centre on the pixel. Every HR pixel averages the features of the LR pixels nearest to it,
+Every LR pixel has one Gaussian, chosen from the bank for that pixel alone, with sigma in LR pixels
+and its centre on the pixel. Every HR pixel averages the features of the LR pixels nearest to it,
 weighted by their Gaussians. No windows, no taps, no dependence on the batch or on the position.
 """
 

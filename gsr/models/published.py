@@ -1,7 +1,7 @@
 """Reads checkpoints of the published GaussianSR code into `official` models.
 
-Such a file is a pickle of tensors, numbers and strings. It is read without running any code in it, and
-taken only if it is exactly what is expected: a model that loads renders the published picture.
+Such a file is a pickle of tensors, numbers and strings. It is read without running any code in it,
+and taken only if it is exactly what is expected: a model that loads renders the published picture.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ENCODERS = {"edsr-baseline": (16, 64, 1.0), "edsr": (32, 256, 0.1)}
 def load_published(path: str | PathLike) -> GaussianSR:
     """The model in a published checkpoint such as `epoch-last.pth`, in evaluation mode.
 
-    The architecture follows from the file: from its `args` and from the shapes of its tensors, which
-    must agree.
+    The architecture follows from the file: from its `args` and from the shapes of its tensors,
+    which must agree.
 
     Args:
-        path: a `.pth` file as `spec` section 7 of the published code writes it; half-precision
-            tensors become float32.
+        path: a `.pth` file {"model": {"name", "args", "sd"}, ...} as the published training
+            writes it; tensors of other precisions become float32.
 
     Raises:
         InputError: the file is missing, unreadable or damaged, holds anything beyond plain data,
@@ -64,8 +64,8 @@ def load_published(path: str | PathLike) -> GaussianSR:
     name, args, state = model["name"], model["args"], model["sd"]
     if not _plain(name) or not _plain(args):
         raise InputError(
-            f"{path}: model.name and model.args hold more than text, numbers, lists and dictionaries: "
-            "give a checkpoint of an unchanged published model"
+            f"{path}: model.name and model.args hold more than text, numbers, lists and "
+            "dictionaries: give a checkpoint of an unchanged published model"
         )
     if name != "gaussian-splatter":
         raise InputError(
@@ -143,8 +143,8 @@ def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
 
     def refuse(key: str, value: object, want: object):
         raise InputError(
-            f"{path}: the checkpoint's args say {key} = {value!r}, where only {want!r} can be loaded: "
-            "give a checkpoint of an unchanged published model"
+            f"{path}: the checkpoint's args say {key} = {value!r}, where only {want!r} can be "
+            "loaded: give a checkpoint of an unchanged published model"
         )
 
     def section(values: object, key: str, known: dict) -> dict:
@@ -182,7 +182,7 @@ def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
         {
             "encoder_spec": None,
             "dec_spec": None,
-            "kernel_size": 5,
+            "kernel_size": None,
             "hidden_dim": hidden,
             "num_points": points,
             "unfold_row": 7,
