@@ -15,13 +15,13 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("gsr needs Python 3.10 or newer: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,train,bench]' \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,triton,train,bench,test]' \
 	    -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $(STAMP)
 
 demo: setup
 	@mkdir -p out
-	$(BIN)/gsr upscale assets/demo.jpg --scale 3.7 -o out/demo_x3.7.png \
+	$(BIN)/gsr upscale assets/demo.png --scale 3.7 -o out/demo_x3.7.png \
 	    --compare out/demo_x3.7_compare.png
 
 test: setup

@@ -3,13 +3,23 @@
     python -m bench.card
 
 Each document has a pair of marks, `<!-- figures -->` and `<!-- /figures -->`; what stands between
-them is replaced by tables made from bench/results/gsr-lite.json.
+them is replaced by tables made from bench/results/gsr-lite.json, a report on the bundled weights:
+
+    python evaluate.py --data FOLDER ... --output bench/results/gsr-lite.json
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from gsr.checkpoint import load
+from gsr.cli import guard
+from gsr.errors import InputError
+from gsr.evaluation import describe_model
+from gsr.image import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
@@ -61,11 +71,32 @@ def fill(text: str, report: dict) -> str:
     return f"{before}{MARKS[0]}\n{tables(report)}\n{MARKS[1]}{after}"
 
 
-def main() -> None:
-    report = json.loads(REPORT.read_text())
-    for path in DOCUMENTS:
-        path.write_text(fill(path.read_text(), report))
+def check(report: dict[str, Any]) -> None:
+    """Raise InputError unless the report is of the protocol `benchmark` and the bundled weights."""
+    name = report["protocol"]["name"]
+    if name != "benchmark":
+        raise InputError(f"{REPORT.name}: its protocol is {name}; use evaluate.py's default")
+    want, have = describe_model(load(), "bundled")["sha256"], report["model"]["sha256"]
+    if have != want:
+        raise InputError(
+            f"{REPORT.name}: the weights measured (sha256 {have[:12]}) are not the bundled ones "
+            f"({want[:12]}); measure these with evaluate.py, without --checkpoint"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        report = json.loads(REPORT.read_text(encoding="utf-8"))
+        texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    except (OSError, ValueError) as error:
+        raise InputError(f"report and documents must be there, but: {error}") from None
+    check(report)
+    for path, text in texts.items():
+        if [text.count(mark) for mark in MARKS] != [1, 1]:
+            raise InputError(f"{path} must hold {MARKS[0]} and {MARKS[1]}, once each; add them")
+    for path, text in texts.items():
+        write_atomic(path, fill(text, report).encode())
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsr.config import ModelConfig, from_dict, to_dict
 from gsr.errors import InputError
+from gsr.paths import make_folder, usable
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -50,7 +52,7 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
     InputError if something is missing, damaged, of an unknown format, or if the tensors are not
     exactly those that the config calls for.
     """
-    path = Path(path)
+    path = usable(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such model; name a model folder or a .pth file")
     if path.is_file():
@@ -64,11 +66,42 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
         return load_published(path)
     config = _read_config(path / "config.json")
     tensors = _read_tensors(path / "model.safetensors")
+    return assemble(config, tensors, f"{path / 'model.safetensors'} does not fit its config.json")
+
+
+def assemble(
+    config: ModelConfig, tensors: dict[str, Any], refusal: str, named: Callable[[str], str] = str
+) -> GaussianSR:
+    """A model of these weights, which become float32, in evaluation mode.
+
+    Raises InputError unless every tensor that the config calls for is there, dense, finite and of
+    the right shape, and no other. The message starts with `refusal`; `named` says what a tensor is
+    called in the file.
+    """
+    import torch
 
     from gsr.models import GaussianSR
 
-    model = GaussianSR(config)
-    _fill(model, tensors, path / "model.safetensors")
+    with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
+        model = GaussianSR(config)
+    want = model.state_dict()
+    faults = [f"{named(name)} is unknown" for name in tensors if name not in want]
+    faults += [f"{named(name)} is missing" for name in want if name not in tensors]
+    for name in (name for name in want if name in tensors):
+        tensor, shape = tensors[name], want[name].shape
+        if tensor.shape != shape:
+            faults.append(f"{named(name)} is {list(tensor.shape)} instead of {list(shape)}")
+        elif tensor.layout != torch.strided or not tensor.is_floating_point():
+            faults.append(f"{named(name)} is not a dense tensor of floating-point numbers")
+        elif not tensor.isfinite().all():
+            faults.append(f"{named(name)} holds infinite or undefined numbers")
+    if faults:
+        more = f", and {len(faults) - 3} more such faults" if len(faults) > 3 else ""
+        raise InputError(
+            f"{refusal}: {'; '.join(faults[:3])}{more}: give the unchanged files of one model"
+        )
+    weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -83,7 +116,7 @@ def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None 
 
     from gsr.image import write_atomic
 
-    folder = Path(folder)
+    folder = make_folder(folder)
     # contiguous: weights may be channels_last, which a safetensors file cannot say.
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     config = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2) + "\n"
@@ -95,10 +128,6 @@ def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None 
         contents["README.md"] = readme.encode()
     elif not (folder / "README.md").exists():
         contents["README.md"] = _card(model).encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: the model cannot be saved there ({error})") from None
     for name in _FILES:
         if name in contents:
             write_atomic(folder / name, contents[name])
@@ -119,7 +148,7 @@ def _read_config(path: Path) -> ModelConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold an object with the keys format and model")
@@ -147,22 +176,3 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} is not a complete model: it has no {path.name}") from None
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged or no safetensors file ({error})") from None
-
-
-def _fill(model: GaussianSR, tensors: dict[str, Any], path: Path) -> None:
-    """Put the tensors into the model; every one must be there, finite, and of the right shape."""
-    state = model.state_dict()
-    problems = [f"{name} is missing" for name in sorted(state.keys() - tensors.keys())]
-    problems += [f"{name} is not of this model" for name in sorted(tensors.keys() - state.keys())]
-    for name in sorted(state.keys() & tensors.keys()):
-        have, want = tensors[name], state[name]
-        if have.shape != want.shape:
-            problems.append(f"{name} is {list(have.shape)} instead of {list(want.shape)}")
-        elif have.is_floating_point() != want.is_floating_point():
-            problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
-        elif not have.isfinite().all():
-            problems.append(f"{name} holds values that are not finite")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"{path} does not fit its config.json: {', '.join(problems[:3])}{more}")
-    model.load_state_dict(tensors)

@@ -144,40 +144,47 @@ def _upscale(args: argparse.Namespace) -> None:
     photos = [Path(photo) for photo in args.photo]
     if args.compare and len(photos) > 1:
         raise InputError("--compare takes one PHOTO; enlarge them one by one")
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f"--threads must be at least 1, not {args.threads}")
+    if args.max_pixels is not None and args.max_pixels < 1:
+        raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
-    # Everything that can be refused is refused before the model is loaded or a pixel computed.
-    from gsr.image import check_writable, open_image, save_image
+    from gsr.device import pick_device, set_threads
+    from gsr.image import check_format, check_writable, open_image, save_image
     from gsr.infer import MAX_PIXELS, target_size, upscale
+    from gsr.paths import make_folder, usable
 
+    # Everything that can be refused is refused before the model is loaded or a pixel computed, and
+    # before anything is written, be it a folder.
+    set_threads(args.threads)
     limit = MAX_PIXELS if args.max_pixels is None else args.max_pixels
-    outputs = _outputs(photos, args.output)
-    comparison = Path(args.compare) if args.compare else None
-    for path in [*outputs, comparison]:
-        if path is None:
-            continue
-        check_writable(path)
-        for photo in photos:
-            if photo.exists() and path.exists() and os.path.samefile(photo, path):
-                raise InputError(f"{path} would overwrite the input {photo}; choose another name")
-    if comparison is not None and comparison.resolve() == outputs[0].resolve():
-        raise InputError(f"--compare and --output both name {comparison}; choose two names")
-    image = None
+    sizes = []
     for photo in photos:
         image = open_image(photo)
         try:
-            target_size((image.height, image.width), args.scale, args.size, limit)
+            (height, width), _ = target_size(
+                (image.height, image.width), args.scale, args.size, limit
+            )
         except InputError as error:
             raise InputError(f"{photo}: {error}") from None
-
-    import torch
+        sizes.append((width, height))
+    outputs = _outputs(photos, args.output)
+    comparison = usable(args.compare) if args.compare else None
+    if comparison is not None and comparison.resolve() == outputs[0].resolve():
+        raise InputError(f"--compare and --output both name {comparison}; choose two names")
+    files = list(zip(outputs, sizes, strict=True))
+    if comparison is not None:
+        files.append((comparison, _sheet(*sizes[0])[0]))
+    for path, size in files:
+        check_format(path, size)
+        for photo in photos:
+            if path.exists() and os.path.samefile(photo, path):
+                raise InputError(f"{path} would overwrite the input {photo}; choose another name")
+    if _is_folder(photos, args.output):
+        make_folder(args.output)
+    for path, _ in files:
+        check_writable(path)
 
     from gsr.checkpoint import load
-    from gsr.training import pick_device
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     model = load(args.model).to(pick_device(args.device))
     progress = not args.quiet and sys.stderr.isatty()
     for photo, output in zip(photos, outputs, strict=True):
@@ -199,24 +206,33 @@ def _upscale(args: argparse.Namespace) -> None:
 
 
 def _outputs(photos: list[Path], output: str) -> list[Path]:
-    """The file to write for each photo; makes the folder where `output` means one."""
-    folder = Path(output)
-    if len(photos) == 1 and not folder.is_dir() and not output.endswith(("/", os.sep)):
-        return [folder]
+    """The file to write for each photo."""
     from gsr.image import WRITE_FORMATS
+    from gsr.paths import usable
 
-    paths = [
-        folder / (photo.name if photo.suffix.lower() in WRITE_FORMATS else photo.stem + ".png")
+    if not _is_folder(photos, output):
+        return [usable(output)]
+    names = [
+        photo.name if photo.suffix.lower() in WRITE_FORMATS else f"{photo.stem}.png"
         for photo in photos
     ]
+    paths = [usable(Path(output, name)) for name in names]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"two photos would be written to {path}; rename one of them")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be made ({error.strerror})") from None
     return paths
+
+
+def _is_folder(photos: list[Path], output: str) -> bool:
+    """Whether --output means a folder, which may not be there yet."""
+    return len(photos) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output)
+
+
+def _sheet(width: int, height: int) -> tuple[tuple[int, int], int, int, int]:
+    """Of a sheet with two pictures of that size: its own, that of text, the gap, the label band."""
+    text = max(12, round(height / 28))
+    gap, band = max(2, text // 3), math.ceil(1.6 * text)
+    return (2 * width + gap, band + height), text, gap, band
 
 
 def _side_by_side(image: Any, large: Any) -> Any:
@@ -226,10 +242,9 @@ def _side_by_side(image: Any, large: Any) -> Any:
     from gsr.image import on_white, to_rgb
 
     width, height = large.size
+    size, text, gap, band = _sheet(width, height)
     bicubic = to_rgb(on_white(image)).resize(large.size, Image.Resampling.BICUBIC)
-    text = max(12, round(height / 28))
-    gap, band = max(2, text // 3), math.ceil(1.6 * text)
-    sheet = Image.new("RGB", (2 * width + gap, band + height), "white")
+    sheet = Image.new("RGB", size, "white")
     sheet.paste(bicubic, (0, band))
     sheet.paste(to_rgb(on_white(large)), (width + gap, band))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)

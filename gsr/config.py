@@ -12,13 +12,17 @@ import functools
 import math
 import os
 import re
+import sys
 import types
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gsr.errors import InputError
+from gsr.paths import usable
+
+DEVICES = r"auto|cpu|cuda(:[0-9]+)?|mps|xpu"
+MAX_THREADS = 1024
 
 # Fields are declared as `name: type = default  # meaning, unit, range`.
 
@@ -75,7 +79,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     train: str = "data/train"  # folder of HR pictures, searched recursively
-    val: str | None = None  # folder of HR pictures; None: the last val_count of train, set aside
+    val: str | None = None  # folder of HR pictures; None: val_count of train, set aside
     val_count: int = 10  # pictures used for validation
     patch: int = 48  # LR patch side, pixels
     scale_min: float = 1.0
@@ -130,6 +134,17 @@ def _at_least(low: int, *keys: str) -> list[tuple]:
     ]
 
 
+def _between(low: int, high: int, *keys: str) -> list[tuple]:
+    return [
+        (
+            (key,),
+            lambda c, k=key: getattr(c, k) is None or low <= getattr(c, k) <= high,
+            f"from {low} to {high}",
+        )
+        for key in keys
+    ]
+
+
 def _above_zero(*keys: str) -> list[tuple]:
     return [
         ((key,), lambda c, k=key: getattr(c, k) is None or getattr(c, k) > 0, "above 0")
@@ -137,38 +152,59 @@ def _above_zero(*keys: str) -> list[tuple]:
     ]
 
 
+# The upper limits of a model are far above any use: they keep a damaged file from having modules
+# without end built.
+WIDEST = 4096
+
 CHECKS: dict[type, list[tuple]] = {
-    EncoderConfig: [*_at_least(1, "n_feats", "n_blocks"), *_above_zero("res_scale")],
-    DirectConfig: _at_least(1, "gaussians", "radius", "width"),
+    EncoderConfig: [
+        *_between(1, WIDEST, "n_feats"),
+        *_between(1, 1024, "n_blocks"),
+        *_above_zero("res_scale"),
+    ],
+    DirectConfig: [
+        *_between(1, 256, "gaussians"),
+        *_between(1, 16, "radius"),
+        *_between(1, WIDEST, "width"),
+    ],
     BankConfig: [
-        *_at_least(1, "channels"),
+        *_between(1, WIDEST, "channels"),
         (
             ("points",),
-            lambda c: c.points > 0 and math.isqrt(c.points) ** 2 == c.points,
-            "a square number, such as 100",
+            lambda c: 0 < c.points <= 10_000 and math.isqrt(c.points) ** 2 == c.points,
+            "a square number up to 10000, such as 100",
         ),
-        (("window",), lambda c: c.window > 0 and c.window % 2 == 1, "odd and positive"),
-        (("kernel_size",), lambda c: c.kernel_size > 1, "at least 2"),
+        (
+            ("window",),
+            lambda c: 3 <= c.window <= 99 and c.window % 2 == 1,
+            "odd and from 3 to 99",
+        ),
+        *_between(2, 99, "kernel_size"),
     ],
     DecoderConfig: [
-        (("hidden_dim",), lambda c: c.hidden_dim > 0 and c.hidden_dim % 2 == 0, "even, positive"),
+        (
+            ("hidden_dim",),
+            lambda c: 2 <= c.hidden_dim <= WIDEST and c.hidden_dim % 2 == 0,
+            f"even and from 2 to {WIDEST}",
+        ),
         (
             ("hidden_list",),
-            lambda c: bool(c.hidden_list) and min(c.hidden_list) > 0,
-            "one positive width or more",
+            lambda c: 0 < len(c.hidden_list) <= 64 and all(0 < n <= WIDEST for n in c.hidden_list),
+            f"1 to 64 widths, each from 1 to {WIDEST}",
         ),
     ],
     ModelConfig: [
         (
             ("bank.channels", "encoder.n_feats", "mode"),
-            lambda c: c.mode == "direct" or c.bank.channels <= c.encoder.n_feats,
-            "at most encoder.n_feats",
+            lambda c: c.mode == "direct" or c.bank.channels < c.encoder.n_feats,
+            "below encoder.n_feats",
         ),
     ],
     DataConfig: [
         *_at_least(1, "scale_min", "batch", "repeat", "queries"),
         *_at_least(8, "patch"),
-        *_at_least(0, "val_count", "workers"),
+        *_at_least(0, "workers"),
+        *_at_least(1, "val_count"),
         (("scale_max", "scale_min"), lambda c: c.scale_max >= c.scale_min, "at least scale_min"),
         (
             ("queries", "patch", "scale_min"),
@@ -177,7 +213,8 @@ CHECKS: dict[type, list[tuple]] = {
         ),
     ],
     TrainConfig: [
-        *_at_least(1, "steps", "epochs", "step_epochs", "threads"),
+        *_at_least(1, "steps", "epochs", "step_epochs"),
+        *_between(1, MAX_THREADS, "threads"),
         *_at_least(1, "log_every", "val_every", "save_every"),
         *_at_least(0, "warmup"),
         *_above_zero("lr", "clip"),
@@ -185,8 +222,8 @@ CHECKS: dict[type, list[tuple]] = {
         (("seed",), lambda c: 0 <= c.seed < 2**32, "in 0 .. 2^32 - 1"),
         (
             ("device",),
-            lambda c: re.fullmatch(r"auto|[a-z]+(:\d+)?", c.device),
-            "auto, cpu, cuda, cuda:1 or the like",
+            lambda c: re.fullmatch(DEVICES, c.device),
+            "auto, cpu, cuda, cuda:1 or the like, mps or xpu",
         ),
     ],
     Config: [
@@ -221,13 +258,21 @@ def from_dict(cls: type, mapping: Any, where: str = "") -> Any:
     return config
 
 
+def check(config: Any) -> Any:
+    """A copy of a config, or of a section of one, that keeps to every type and limit.
+
+    For configs that were not read by `from_dict`. Raises InputError as that does.
+    """
+    return from_dict(type(config), to_dict(config))
+
+
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file into a Config, with overrides such as "train.lr=2e-4" on top.
 
     The right-hand side of an override is YAML too ("null", "[64, 64]"). Raises one InputError
     that lists every mistake in file and overrides, each with its full key.
     """
-    path = Path(path)
+    path = usable(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -348,7 +393,7 @@ def _convert(kind: Any, value: Any, key: str, errors: list[str], known: list[str
         ]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # NaN, infinity, a whole number beyond
             errors.append(f"{key} must be a finite number, not {value}")
             return None
         return float(value)

@@ -44,14 +44,20 @@ def split_pictures(config: DataConfig) -> tuple[list[Path], list[Path]]:
     """
     train = list_images(config.train)
     if config.val is not None:
-        return train, list_images(config.val)[: config.val_count]
+        return train, spread(list_images(config.val), config.val_count)
     if len(train) <= config.val_count:
         raise InputError(
             f"data.train: {config.train} holds {len(train)} pictures, and data.val_count "
             f"{config.val_count} of them would be set aside: lower data.val_count or set data.val"
         )
-    cut = len(train) - config.val_count
-    return train[:cut], train[cut:]
+    val = spread(train, config.val_count)
+    return [path for path in train if path not in val], val
+
+
+def spread(paths: list[Path], count: int) -> list[Path]:
+    """`count` of the paths, evenly spaced: neighbours in a folder are often alike."""
+    count = min(count, len(paths))
+    return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
 
 
 def pixel_coords(index: Tensor, size: tuple[int, int]) -> Tensor:
@@ -73,6 +79,9 @@ def downscale(hr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 class PatchDataset(Dataset):
     """Patches of pictures, indexed by `Draw`.
 
+    Every picture is decoded once here, so that a bad one is found before the first step and not
+    hours into a training.
+
     Args:
         paths: HR pictures.
         config: `patch`, `queries`, `scale_max` and `cache` are used.
@@ -86,18 +95,19 @@ class PatchDataset(Dataset):
         largest = round(config.patch * config.scale_max)
         self.pictures = {}
         for i, path in enumerate(paths):
+            picture = read_image(path)
+            height, width = picture.shape[:2]
             if config.cache:
-                self.pictures[i] = read_image(path)
-                height, width = self.pictures[i].shape[:2]
-            else:
-                with Image.open(path) as image:
-                    width, height = image.size
+                self.pictures[i] = picture
             if min(height, width) < largest:
                 raise InputError(
                     f"{path} is {width} x {height} pixels, smaller than the largest crop "
                     f"{largest} (data.patch {config.patch} x data.scale_max {config.scale_max}): "
                     "remove it or lower either"
                 )
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor, float]:
         rng = np.random.default_rng(draw.key)
@@ -181,15 +191,13 @@ def _collate(items) -> Batch:
 
 
 def make_loader(
-    paths: list[Path], config: DataConfig, seed: int, first: int, last: int, pin: bool = False
+    dataset: PatchDataset, seed: int, first: int, last: int, pin: bool = False
 ) -> DataLoader:
     """Batches for steps `first` to `last` of a run."""
-    dataset = PatchDataset(paths, config)
     return DataLoader(
         dataset,
-        batch_sampler=ScaleBatchSampler(len(paths), config, seed, first, last),
-        num_workers=config.workers,
+        batch_sampler=ScaleBatchSampler(len(dataset), dataset.config, seed, first, last),
+        num_workers=dataset.config.workers,
         collate_fn=_collate,
         pin_memory=pin,
-        persistent_workers=False,
     )

@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.image import list_images, read_image, to_tensor, to_uint8, write_atomic, write_image
 from gsr.infer import run
 from gsr.metrics import PROTOCOLS, Protocol, ssim
+from gsr.paths import make_folder, usable
 from gsr.resize import imresize
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def open_set(
     scales = _check_scales(scales)
     if limit is not None and limit < 1:
         raise InputError(f"limit (--limit) must be at least 1, not {limit}")
-    folder = Path(folder)
+    folder = usable(folder)
     name, hr_folder, lr_folder = folder.resolve().name, folder, folder / "LR_bicubic"
     if (folder / "HR").is_dir():
         hr_folder = folder / "HR"
@@ -218,7 +220,7 @@ def evaluate(
                     images[method][picture.name] = _measure(sr, hr, scale, protocol, picture)
                     if method == "model" and save is not None:
                         path = Path(save, data.name, f"x{scale}", f"{picture.name}.png")
-                        _make_folder(path.parent)
+                        make_folder(path.parent)
                         write_image(path, to_uint8(sr))
                 bar.update()
             rows.append(
@@ -284,15 +286,6 @@ def _bar(total: int, name: str, progress: bool):
     from tqdm import tqdm
 
     return tqdm(total=total, desc=name, unit="picture", disable=not progress)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the folder {folder} cannot be made ({error.strerror}); choose another"
-        ) from None
 
 
 # ---- reports ------------------------------------------------------------------------------------
@@ -428,7 +421,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="benchmark",
         help="benchmark: luma, shave s (default); div2k: RGB, shave s + 6",
     )
-    parser.add_argument("--output", metavar="FILE", help="report as JSON")
+    parser.add_argument(
+        "--output",
+        default="evaluation.json",
+        metavar="FILE",
+        help="report as JSON, replaced if there (default: evaluation.json in this folder)",
+    )
     parser.add_argument(
         "--save", metavar="FOLDER", help="what the model makes, as FOLDER/SET/xS/NAME.png"
     )
@@ -438,24 +436,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from gsr.checkpoint import load
-    from gsr.training import pick_device
 
     start = time.perf_counter()
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, not {args.threads}")
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     # All that can be wrong with paths is found before anything slow begins.
     names = [open_set(folder, args.scale, args.limit).name for folder in args.data]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two data folders (--data) are called {name}; rename one of them")
-    if args.output is not None:
-        if Path(args.output).is_dir():
-            raise InputError(f"--output {args.output} is a folder; name the JSON file to write")
-        _make_folder(Path(args.output).resolve().parent)
+    output = usable(args.output)
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; name the JSON file to write")
+    make_folder(output.parent)
     if args.save is not None:
-        _make_folder(Path(args.save))
+        make_folder(args.save)
     device = pick_device(args.device)
     model = load(args.checkpoint).to(device)
 
@@ -471,7 +465,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     }
     report["seconds"] = time.perf_counter() - start
-    print(table(report))
-    if args.output is not None:
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomic(args.output, text.encode())
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(output, text.encode())
+    print(f"{table(report)}\n\nreport: {output}")

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from gsr.errors import InputError
+from gsr.paths import check_takes_files, usable
 
 # What is read when a folder is searched, and how each suffix is written.
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
@@ -30,6 +31,8 @@ WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
     ".bmp": ("BMP", {}),
 }
+MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; the other formats have no limit in practice
+TEMPORARY = ".gsr-tmp"  # how the files end that write_atomic has not renamed yet
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -40,7 +43,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     frame. Raises InputError if there is no such file, it is no picture, it is cut short or
     damaged, or it claims more pixels than Pillow's decompression-bomb limit allows.
     """
-    path = Path(path)
+    path = usable(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
     if path.is_dir():
@@ -144,7 +147,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
     is a file, or holds no picture.
     """
-    folder = Path(folder)
+    folder = usable(folder)
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder")
     if not folder.is_dir():
@@ -163,19 +166,28 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
+def check_format(path: str | os.PathLike, size: tuple[int, int]) -> None:
+    """Raise InputError if no picture of `size` (width, height) can be written under that suffix."""
+    kind, _ = _format(Path(path))
+    if max(size) > MAX_SIDE.get(kind, max(size)):
+        raise InputError(
+            f"{path}: {kind} takes at most {MAX_SIDE[kind]} pixels a side, not {size[0]} x "
+            f"{size[1]}; choose another suffix, such as .png"
+        )
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """Raise InputError, before anything is computed, if `write_image(path, ...)` could not work.
 
     Checks the suffix, that the folder exists and takes new files, and that path is no folder.
     """
-    path = Path(path)
+    path = usable(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the picture file to write")
     _format(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent} to write it into; create it")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: the folder {path.parent} may not be written to")
+    check_takes_files(path.parent)
 
 
 def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
@@ -200,6 +212,7 @@ def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     JPEG and BMP cannot hold transparency: the picture is laid on white there.
     """
     path = Path(path)
+    check_format(path, image.size)
     check_writable(path)
     kind, options = _format(path)
     options = {**options}
@@ -226,9 +239,11 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash could leave the new name on an empty file
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
@@ -239,6 +254,13 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def remove_left_over(folder: str | os.PathLike) -> None:
+    """Remove the temporary files that `write_atomic` left in a folder when it was killed."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        if path.is_file():
+            path.unlink()
 
 
 def _format(path: Path) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -175,61 +174,31 @@ def target_size(
 ) -> tuple[tuple[int, int], tuple[float, float]]:
     """Size (H, W) and scale (s_y, s_x) of the enlargement of a picture of `shape` (h, w).
 
-    Exactly one of scale (a number, or (s_y, s_x), each at least 1 and finite) and size ((H, W),
+    Exactly one of scale (a number, or (s_y, s_x), each from 1 to a million) and size ((H, W),
     each at least that of the picture) is given. Size from scale is rounded to whole pixels.
     Raises InputError for anything else, or for more than `max_pixels` pixels.
     """
-    h, w = shape
+    from gsr.models import check_scale, resolve_size
+
     if (scale is None) == (size is None):
         raise InputError("give either scale or size, exactly one of them")
-    if scale is not None:
-        scales = _scales(scale)
-        out = (round(h * scales[0]), round(w * scales[1]))
-    else:
-        out = _size(size)
-        if out[0] < h or out[1] < w:
-            raise InputError(
-                f"the size {out[1]} x {out[0]} (width x height) is below the picture's {w} x {h}; "
-                "gsr only enlarges, Pillow's Image.resize shrinks"
-            )
-        scales = (out[0] / h, out[1] / w)
+    h, w = shape
+    if scale is not None and (least := min(check_scale(scale))) < 1:
+        raise InputError(
+            f"scale {least} is below 1; gsr only enlarges, Pillow's Image.resize shrinks"
+        )
+    out, scales = resolve_size(shape, size, scale)
+    if min(scales) < 1:
+        raise InputError(
+            f"the size {out[1]} x {out[0]} (width x height) is below the picture's {w} x {h}; "
+            "gsr only enlarges, Pillow's Image.resize shrinks"
+        )
     if out[0] * out[1] > max_pixels:
         raise InputError(
             f"the result would have {out[1]} x {out[0]} = {out[0] * out[1]:,} pixels, more than "
             f"max_pixels (--max-pixels) = {max_pixels:,}; enlarge less, or raise that limit"
         )
     return out, scales
-
-
-def _scales(scale: Any) -> tuple[float, float]:
-    values = scale if isinstance(scale, (tuple, list, np.ndarray)) and np.ndim(scale) else [scale]
-    try:
-        if any(isinstance(value, (bool, str)) for value in values):
-            raise TypeError
-        numbers = [float(value) for value in values]
-        s_y, s_x = numbers if len(numbers) == 2 else numbers * 2
-    except (TypeError, ValueError):
-        raise InputError(f"scale must be a number or (s_y, s_x), not {scale!r}") from None
-    for value in (s_y, s_x):
-        if not math.isfinite(value) or value <= 0:
-            raise InputError(f"scale must be positive and finite, not {value}")
-        if value < 1:
-            raise InputError(
-                f"scale {value} is below 1; gsr only enlarges, Pillow's Image.resize shrinks"
-            )
-    return s_y, s_x
-
-
-def _size(size: Any) -> tuple[int, int]:
-    try:
-        if isinstance(size, str) or any(isinstance(value, bool) for value in size):
-            raise TypeError
-        height, width = (operator.index(value) for value in size)
-    except (TypeError, ValueError):
-        raise InputError(f"size must be two whole numbers (H, W), not {size!r}") from None
-    if height <= 0 or width <= 0:
-        raise InputError(f"size must be positive, not {(height, width)}")
-    return height, width
 
 
 def upscale(

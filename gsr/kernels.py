@@ -5,7 +5,11 @@ its own. Here a module takes the place of the package and says where its submodu
 this file in a wheel, one level up in a checkout. Only `gsr.ops` imports from here, when it runs.
 """
 
+import os
 from pathlib import Path
+
+# Triton 3.10 fuses multiplications with additions no more, unless this says so when it compiles.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _here = Path(__file__).resolve().parent
 _installed = _here / "kernels"

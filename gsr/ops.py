@@ -1,30 +1,26 @@
-"""The operators, with their argument checks: what other code should call.
+"""The operators: what other code should call. Differentiable, compilable, exportable.
 
-Every form of an operator computes what `gsr.reference` computes.
+`splat` and `splat_at` render Gaussians on a grid of LR pixels, `splat_windows` is the splat
+of the published code. Each computes what the function of the same name in `gsr.reference` computes,
+in the form that suits the tensors: Triton kernels on CUDA, compiled loops on the CPU (`gsr.cpu`),
+the reference piece by piece everywhere else.
+
+In PyTorch's registry they are `gsr::splat`, `gsr::splat_at`, `gsr::splat_windows`; their backward
+passes have `_backward` added to the name. They can be differentiated once.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from einops import rearrange
 from torch import Tensor
 
 from gsr import reference
-
-
-def _check(values, sigma, rho, opacity, offset, radius):
-    if values.dim() != 5:
-        raise ValueError(f"values must be [B, K, C, h, w], not {list(values.shape)}")
-    b, k, _, h, w = values.shape
-    want = {
-        "sigma": (sigma, (b, k, 2, h, w)),
-        "rho": (rho, (b, k, h, w)),
-        "opacity": (opacity, (b, k, h, w)),
-        "offset": (offset, (b, k, 2, h, w)),
-    }
-    for name, (tensor, shape) in want.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
-    if radius < 0:
-        raise ValueError(f"radius must be at least 0, not {radius}")
 
 
 def splat(
@@ -52,15 +48,18 @@ def splat(
         normalize: divide by the total weight plus `eps`.
         rows: (first, last): only these rows, [B, C, last - first, W].
 
+    All tensors have one floating type and device. Sums and geometry are at least float32.
+
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape, type or device does not fit, or `rows` are not rows of the picture.
 
     Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.reference.splat_at`.
     """
     _check(values, sigma, rho, opacity, offset, radius)
-    return reference.splat(
-        values, sigma, rho, opacity, size, offset, radius, normalize, eps, rows
-    )
+    rows = (0, size[0]) if rows is None else rows
+    if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
+        raise ValueError(f"rows {tuple(rows)} are not rows of a picture of size {tuple(size)}")
+    return _splat(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps)
 
 
 def splat_at(
@@ -74,10 +73,264 @@ def splat_at(
     normalize: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`splat` at `points` [B, Q, 2], (y, x) in LR pixels with the centre of pixel i at i: [B, Q, C]."""
+    """`splat` at `points` [B, Q, 2], (y, x) in LR pixels, pixel i's centre at i: [B, Q, C].
+
+    `points` is float32 or float64 and gets no gradient: which LR pixels are nearest is a step
+    function of it.
+    """
     _check(values, sigma, rho, opacity, offset, radius)
     if points.dim() != 3 or points.shape[0] != values.shape[0] or points.shape[2] != 2:
         raise ValueError(f"points must be [{values.shape[0]}, Q, 2], not {list(points.shape)}")
-    return reference.splat_at(
-        values, sigma, rho, opacity, points, offset, radius, normalize, eps
+    if points.dtype not in (torch.float32, torch.float64) or points.device != values.device:
+        raise ValueError(
+            f"points must be float32 or float64 on {values.device}, not {points.dtype} on "
+            f"{points.device}"
+        )
+    return _splat_at(
+        values, sigma, rho, opacity, offset, points.detach(), radius, normalize, eps
     )
+
+
+def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
+    """The splat of `official`: windows of LR pixels, all splatted with the same kernels, clamped.
+
+    Args:
+        features: [B, c, h, w], h and w multiples of window.
+        kernels: [window^2, taps, taps], the sampled Gaussian of each position in a window.
+        side: (k_y, k_x), HR pixels that a window becomes, each at least `taps`.
+
+    Returns:
+        [B, c, h / window k_y, w / window k_x] in [0, 1].
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: the published code; formula in `gsr.reference.splat_windows`.
+    """
+    n = kernels.shape[0]
+    window = math.isqrt(n)
+    if kernels.dim() != 3 or kernels.shape[1] != kernels.shape[2] or window * window != n:
+        raise ValueError(f"kernels must be [n^2, t, t], not {list(kernels.shape)}")
+    if features.dim() != 4 or features.shape[2] % window or features.shape[3] % window:
+        raise ValueError(
+            f"features must be [B, c, h, w] with h and w multiples of {window}, not "
+            f"{list(features.shape)}"
+        )
+    if min(side) < kernels.shape[1]:
+        raise ValueError(f"side must be at least {kernels.shape[1]} pixels, not {tuple(side)}")
+    return _splat_windows(features, kernels, side)
+
+
+def _check(values, sigma, rho, opacity, offset, radius):
+    if values.dim() != 5:
+        raise ValueError(f"values must be [B, K, C, h, w], not {list(values.shape)}")
+    b, k, _, h, w = values.shape
+    want = {
+        "sigma": (sigma, (b, k, 2, h, w)),
+        "rho": (rho, (b, k, h, w)),
+        "opacity": (opacity, (b, k, h, w)),
+        "offset": (offset, (b, k, 2, h, w)),
+    }
+    for name, (tensor, shape) in want.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+        if tensor.dtype != values.dtype or tensor.device != values.device:
+            raise ValueError(
+                f"{name} must be {values.dtype} on {values.device} as values are, not "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+    if not values.dtype.is_floating_point:
+        raise ValueError(f"values must be of a floating type, not {values.dtype}")
+    if radius < 0:
+        raise ValueError(f"radius must be at least 0, not {radius}")
+
+
+# ---- forms --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+def _form(values: Tensor):
+    """The module whose forward, backward, forward_at and backward_at serve these tensors."""
+    if _runs_triton(values):
+        from gsr.kernels import splat as form
+    else:
+        from gsr import cpu as form
+    return form
+
+
+def _fill(gradients, like) -> tuple[Tensor, ...]:
+    """Gradients in the types of what they belong to; an operator returns no None."""
+    return tuple(
+        torch.empty(0) if g is None else g.to(t.dtype)
+        for g, t in zip(gradients, like, strict=True)
+    )
+
+
+def _like(values, sigma, rho, opacity, offset) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (values, sigma, rho, opacity, offset)
+    )
+
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("gsr::splat", mutates_args=())
+def _splat(
+    values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
+    size: Sequence[int], rows: Sequence[int], radius: int, normalize: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    return _form(values).forward(
+        values, sigma, rho, opacity, offset, tuple(size), tuple(rows), radius, normalize, eps
+    )
+
+
+@_splat.register_fake
+def _(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps):
+    return values.new_empty(values.shape[0], values.shape[2], rows[1] - rows[0], size[1])
+
+
+@torch.library.custom_op("gsr::splat_backward", mutates_args=())
+def _splat_backward(
+    grad: Tensor, values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor,
+    offset: Tensor | None, size: Sequence[int], rows: Sequence[int], radius: int,
+    normalize: bool, eps: float,
+) -> Five:  # fmt: skip
+    tensors = (values, sigma, rho, opacity, offset)
+    gradients = _form(values).backward(
+        grad.contiguous(), *tensors, tuple(size), tuple(rows), radius, normalize, eps
+    )
+    return _fill(gradients, tensors)
+
+
+@_splat_backward.register_fake
+def _(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps):
+    return _like(values, sigma, rho, opacity, offset)
+
+
+@torch.library.custom_op("gsr::splat_at", mutates_args=())
+def _splat_at(
+    values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
+    points: Tensor, radius: int, normalize: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    return _form(values).forward_at(
+        values, sigma, rho, opacity, offset, points, radius, normalize, eps
+    )
+
+
+@_splat_at.register_fake
+def _(values, sigma, rho, opacity, offset, points, radius, normalize, eps):
+    return values.new_empty(points.shape[0], points.shape[1], values.shape[2])
+
+
+@torch.library.custom_op("gsr::splat_at_backward", mutates_args=())
+def _splat_at_backward(
+    grad: Tensor, values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor,
+    offset: Tensor | None, points: Tensor, radius: int, normalize: bool, eps: float,
+) -> Five:  # fmt: skip
+    tensors = (values, sigma, rho, opacity, offset)
+    gradients = _form(values).backward_at(
+        grad.contiguous(), *tensors, points, radius, normalize, eps
+    )
+    return _fill(gradients, tensors)
+
+
+@_splat_at_backward.register_fake
+def _(grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps):
+    return _like(values, sigma, rho, opacity, offset)
+
+
+@torch.library.custom_op("gsr::splat_windows", mutates_args=())
+def _splat_windows(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
+    if _runs_triton(features):
+        from gsr.kernels import windows
+
+        return windows.forward(features, kernels, tuple(side))
+    # One matrix product: the reference is as fast as the CPU can be.
+    return reference.splat_windows(features, kernels, tuple(side)).clone()
+
+
+@_splat_windows.register_fake
+def _(features, kernels, side):
+    b, c, h, w = features.shape
+    window = math.isqrt(kernels.shape[0])
+    return features.new_empty(b, c, h // window * side[0], w // window * side[1])
+
+
+@torch.library.custom_op("gsr::splat_windows_backward", mutates_args=())
+def _splat_windows_backward(
+    grad: Tensor, features: Tensor, kernels: Tensor, side: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    backward = _windows_backward
+    if _runs_triton(features):
+        from gsr.kernels.windows import backward
+    d_features, d_weights = backward(grad, features, kernels, tuple(side))
+    n, taps, _ = kernels.shape
+    window = math.isqrt(n)
+    down, along = (reference.window_placement(k, window, taps, d_weights) for k in side)
+    d_weights = d_weights.reshape(*side, window, window)
+    d_kernels = torch.einsum("ijyx,yai,xbj->yxab", d_weights, down, along)
+    return d_features.to(features.dtype), d_kernels.reshape(kernels.shape).to(kernels.dtype)
+
+
+def _windows_backward(grad, features, kernels, side) -> tuple[Tensor, Tensor]:
+    """Gradients of features and of `reference.window_weights` by three matrix products."""
+    window, (ky, kx) = math.isqrt(len(kernels)), side
+    weights = reference.window_weights(kernels, side).flatten(0, 1)  # [k_y k_x, n]
+    cut = rearrange(features, "b c (r y) (s x) -> (y x) (b c r s)", y=window, x=window)
+    grad = rearrange(grad, "b c (r i) (s j) -> (i j) (b c r s)", i=ky, j=kx)
+    product = weights @ cut
+    grad = grad * ((product >= 0) & (product <= 1))
+    b, c, h, _ = features.shape
+    d_features = rearrange(
+        weights.mT @ grad, "(y x) (b c r s) -> b c (r y) (s x)",
+        y=window, b=b, c=c, r=h // window,
+    )  # fmt: skip
+    return d_features.contiguous(), (grad @ cut.mT).view(ky, kx, -1)
+
+
+@_splat_windows_backward.register_fake
+def _(grad, features, kernels, side):
+    return torch.empty_like(features), torch.empty_like(kernels)
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+def _keep(ctx, inputs, output):
+    ctx.tensors = [isinstance(t, Tensor) for t in inputs]
+    ctx.save_for_backward(*[t for t in inputs if isinstance(t, Tensor)])
+    ctx.others = [t for t in inputs if not isinstance(t, Tensor)]
+
+
+def _inputs(ctx) -> list:
+    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+    return [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
+
+
+def _gradients(ctx, op, grad):
+    inputs = _inputs(ctx)
+    *four, d_offset = op(grad, *inputs)
+    return (*four, None if inputs[4] is None else d_offset, *[None] * (len(inputs) - 5))
+
+
+_splat.register_autograd(
+    lambda ctx, grad: _gradients(ctx, _splat_backward, grad), setup_context=_keep
+)
+_splat_at.register_autograd(
+    lambda ctx, grad: _gradients(ctx, _splat_at_backward, grad), setup_context=_keep
+)
+_splat_windows.register_autograd(
+    lambda ctx, grad: (*_splat_windows_backward(grad, *_inputs(ctx)), None), setup_context=_keep
+)

@@ -6,6 +6,8 @@ gradients, so they are kept short enough to check by eye.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
@@ -93,3 +95,39 @@ def splat(
     points = grid_points(h, w, size, rows, values.device).expand(b, -1, -1)
     out = splat_at(values, sigma, rho, opacity, points, offset, radius, normalize, eps)
     return rearrange(out, "b (y x) c -> b c y x", x=size[1])
+
+
+def window_placement(k: int, window: int, taps: int, like: Tensor) -> Tensor:
+    """Share of tap a, of the Gaussian at a position, in HR pixel i: [window, taps, k].
+
+    (1 - 2 y / window) (k - 1) / 2 - floor((k - taps) / 2) is how far the published code moves a
+    kernel that stands at position y; a tap is interpolated linearly between two pixels.
+    """
+    i, a, y = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (k, taps, window))
+    shift = (1 - 2 * y / window) * (k - 1) / 2 - (k - taps) // 2
+    return (1 - (i + shift[:, None, None] - a[:, None]).abs()).clamp(min=0)
+
+
+def window_weights(kernels: Tensor, side: tuple[int, int]) -> Tensor:
+    """Weight of each of n shared Gaussians at the HR pixels of a window: [k_y, k_x, n].
+
+    `kernels` is [n, taps, taps], n = window^2; `side` is (k_y, k_x).
+    """
+    n, taps, _ = kernels.shape
+    window = math.isqrt(n)
+    down, along = (window_placement(k, window, taps, kernels) for k in side)
+    kernels = kernels.reshape(window, window, taps, taps)
+    return einsum(kernels, down, along, "y x a b, y a i, x b j -> i j y x").flatten(2)
+
+
+def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
+    """The splat of `official` before its last resize: [B, c, n_r k_y, n_c k_x] in [0, 1].
+
+    `features` [B, c, h, w] is cut into windows of window x window LR pixels (n = window^2 kernels
+    [n, taps, taps], shared by all windows); each becomes side = (k_y, k_x) HR pixels.
+    """
+    weights = window_weights(kernels, side)
+    window = math.isqrt(len(kernels))
+    cut = rearrange(features, "b c (r y) (s x) -> b c r s (y x)", y=window, x=window)
+    out = einsum(weights, cut, "i j n, b c r s n -> b c r i s j")
+    return rearrange(out, "b c r i s j -> b c (r i) (s j)").clamp(0, 1)

@@ -32,11 +32,11 @@ def bicubic(x: Tensor, size: tuple[int, int], rows: tuple[int, int] | None = Non
     tall = 0
     for tap in range(-1, 3):
         row = (first.long() + tap).clamp(0, h - 1)
-        tall = tall + x.index_select(-2, row) * _cubic((t - tap).abs())[:, None]
+        tall = tall + x.index_select(-2, row) * cubic((t - tap).abs())[:, None]
     return F.interpolate(tall, (len(y), size[1]), mode="bicubic", align_corners=False)
 
 
-def _cubic(t: Tensor, a: float = -0.75) -> Tensor:
+def cubic(t: Tensor, a: float = -0.75) -> Tensor:
     """Cubic convolution kernel (Keys 1981) at distances t in [0, 2]."""
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a

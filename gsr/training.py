@@ -23,12 +23,20 @@ from tqdm import tqdm
 
 from gsr.checkpoint import load_model, save_model
 from gsr.config import Config, TrainConfig, load_config, to_dict
-from gsr.data import downscale, make_loader, split_pictures, steps_per_epoch
+from gsr.data import PatchDataset, downscale, make_loader, split_pictures, steps_per_epoch
+from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
-from gsr.image import read_image, write_atomic
+from gsr.image import read_image, remove_left_over, to_tensor, write_atomic
+from gsr.metrics import psnr
 from gsr.models import GaussianSR
+from gsr.paths import make_folder, usable
 
 VAL_SCALES = (2, 3, 4, 6, 8)
+# What may differ when a run is resumed: nothing that decides its weights.
+MAY_CHANGE = {
+    "data.workers", "data.cache", "train.device", "train.threads", "train.log_every",
+    "train.val_every", "train.save_every", "output",
+}  # fmt: skip
 VAL_SIDE = 240  # HR pixels at most; sides are multiples of 24, and so of every scale
 
 
@@ -52,12 +60,8 @@ def validation_pairs(paths: list[Path]) -> list[tuple[int, Tensor, Tensor]]:
         hr = picture[y : y + side, x : x + side]
         for scale in VAL_SCALES:
             lr = downscale(np.ascontiguousarray(hr), (side // scale, side // scale))
-            pairs.append((scale, *(_to_tensor(a) for a in (lr, hr))))
+            pairs.append((scale, to_tensor(lr), to_tensor(hr)))
     return pairs
-
-
-def _to_tensor(a) -> Tensor:
-    return torch.tensor(a).permute(2, 0, 1)[None].float() / 255
 
 
 @torch.inference_mode()
@@ -67,11 +71,19 @@ def validate(model: GaussianSR, pairs, device: torch.device) -> dict[str, float]
     values = {scale: [] for scale in VAL_SCALES}
     for scale, lr, hr in pairs:
         out = model(lr.to(device), size=hr.shape[-2:], scale=scale).clamp(0, 1).cpu()
-        mse = (out - hr)[..., 6:-6, 6:-6].square().mean().item()
-        values[scale].append(-10 * math.log10(max(mse, 1e-12)))
+        values[scale].append(psnr(out, hr, shave=6))
     model.train()
     means = {f"x{scale}": sum(v) / len(v) for scale, v in values.items()}
     return {"psnr": sum(means.values()) / len(means), **means}
+
+
+def _flat(section: dict, where: str = "") -> dict:
+    """{"train.lr": 1e-4, ...} of nested sections."""
+    flat = {}
+    for key, value in section.items():
+        full = f"{where}.{key}" if where else key
+        flat.update(_flat(value, full) if isinstance(value, dict) else {full: value})
+    return flat
 
 
 class Trainer:
@@ -88,48 +100,71 @@ class Trainer:
     def __init__(self, config: Config, resume: bool = False):
         c = config
         self.config = c
-        self.folder = Path(c.output) / c.name
+        self.folder = usable(Path(c.output) / c.name)
+        self.log = self.folder / "log.jsonl"
         state = self.folder / "state.pt"
         if state.exists() and not resume:
             raise InputError(
                 f"{self.folder} holds a run already: continue it with --resume or choose "
-                "another name="
+                "another name"
             )
-        if resume and not state.exists():
-            raise InputError(f"{state} does not exist: start the run without --resume")
-        if c.train.threads:
-            torch.set_num_threads(c.train.threads)
+        if resume:
+            self._check_same_run(state)
+        set_threads(c.train.threads)
         self.device = pick_device(c.train.device)
-        self.train_paths, val_paths = split_pictures(c.data)
+        train_paths, val_paths = split_pictures(c.data)
         self.pairs = validation_pairs(val_paths)
-        self.per_epoch = steps_per_epoch(len(self.train_paths), c.data)
+        self.dataset = PatchDataset(train_paths, c.data)
+        self.per_epoch = steps_per_epoch(len(train_paths), c.data)
         self.total = c.train.steps or c.train.epochs * self.per_epoch
 
         torch.manual_seed(c.train.seed)
-        self.model = GaussianSR(c.model) if c.init is None else load_model(c.init)
-        if c.init is not None and self.model.config != c.model:
-            raise InputError(f"init: {c.init} is not the model that the section model describes")
+        self.model = GaussianSR(c.model)
+        if c.init is not None and not resume:
+            self._start_from(c.init)
         self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.train.lr)
         self.step, self.best = 0, -math.inf
-        self.log = self.folder / "log.jsonl"
         if resume:
             self._load(state)
             self._forget_after(self.step)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log.unlink(missing_ok=True)
+            make_folder(self.folder)
             text = yaml.safe_dump(to_dict(c), sort_keys=False)
             write_atomic(self.folder / "config.yaml", text.encode())
+            self.log.unlink(missing_ok=True)
+
+    def _check_same_run(self, state: Path):
+        """A run goes on with the config that started it, but for how fast it goes and reports."""
+        if not state.exists():
+            raise InputError(f"{state} does not exist: start the run without --resume")
+        path = self.folder / "config.yaml"
+        before, now = (_flat(to_dict(c)) for c in (load_config(path), self.config))
+        # A cosine depends on the number of steps; the step schedule may go on for longer.
+        longer = {"train.steps", "train.epochs"} if self.config.train.schedule == "step" else set()
+        may = MAY_CHANGE | longer
+        changed = [key for key in now if key not in may and now[key] != before[key]]
+        if changed:
+            raise InputError(
+                f"{path} started this run with another {', '.join(changed)}: resume with the same "
+                "values, or start a new run under another name"
+            )
+
+    def _start_from(self, path: str):
+        model = load_model(path)
+        if model.config != self.config.model:
+            raise InputError(f"init: {path} is not the model that the section model describes")
+        self.model.load_state_dict(model.state_dict())
 
     def fit(self, progress: bool = True) -> dict[str, float]:
         """Train to the last step; returns the last validation."""
         c = self.config.train
+        if self.step >= self.total:
+            raise InputError(f"{self.folder} is finished: it has done all its {self.total} steps")
         board = open_board(self.folder / "tensorboard", self.step)
         loader = make_loader(
-            self.train_paths, self.config.data, c.seed, self.step, self.total,
-            pin=self.device.type == "cuda",
-        )  # fmt: skip
+            self.dataset, c.seed, self.step, self.total, pin=self.device.type == "cuda"
+        )
         bar = tqdm(
             total=self.total, initial=self.step, unit="step", disable=not progress, file=sys.stderr
         )
@@ -137,13 +172,18 @@ class Trainer:
         batches = iter(loader)
         while self.step < self.total:
             start = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches)
             waited += time.perf_counter() - start
             losses.append(self._train_step(batch))
             self.step += 1
             bar.update()
             last = self.step == self.total
-            if last or self.step % c.log_every == 0:
+            log, check, save = (
+                last or self.step % every == 0 for every in (c.log_every, c.val_every, c.save_every)
+            )
+            if log or check or save:  # what has diverged is neither measured nor saved
+                self._check_finite(losses)
+            if log:
                 seconds = time.perf_counter() - since
                 row = {
                     "step": self.step,
@@ -152,11 +192,10 @@ class Trainer:
                     "steps_per_second": (self.step - mark) / seconds,
                     "waiting": waited / seconds,
                 }
-                self._check_finite(row["loss"])
                 self._log(board, row, "train")
                 bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
                 losses, waited, since, mark = [], 0.0, time.perf_counter(), self.step
-            if last or self.step % c.val_every == 0:
+            if check:
                 metrics = validate(self.model, self.pairs, self.device)
                 self._log(board, {"step": self.step, **metrics}, "val")
                 tqdm.write(
@@ -166,12 +205,18 @@ class Trainer:
                 if metrics["psnr"] > self.best:
                     self.best = metrics["psnr"]
                     save_model(self.folder / "best", self.model)
-            if last or self.step % c.save_every == 0:
+            if save:
                 self._save()
         bar.close()
         if board:
             board.close()
         return metrics
+
+    def _next(self, batches):
+        try:
+            return next(batches)
+        except InputError as error:  # from a loader process it comes with that one's traceback
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 
     def _train_step(self, batch) -> Tensor:
         c = self.config.train
@@ -195,11 +240,15 @@ class Trainer:
         self.optimizer.step()
         return loss.detach()
 
-    def _check_finite(self, loss: float):
-        if not math.isfinite(loss):
+    def _check_finite(self, losses: list[Tensor]):
+        # A loss is that of the weights before its step: those after it are looked at themselves.
+        values = [*losses, *(p.detach().sum() for p in self.model.parameters())]
+        if not torch.stack(values).isfinite().all():
+            state = self.folder / "state.pt"
+            kept = f"; {state} is from before" if state.exists() else ""
             raise InputError(
-                f"the loss is {loss} at step {self.step}: lower train.lr or set train.clip; the "
-                f"last good state is in {self.folder}"
+                f"loss or weights are not finite by step {self.step}: lower train.lr or set "
+                f"train.clip, under another name{kept}"
             )
 
     def _log(self, board, row: dict, kind: str):
@@ -211,8 +260,8 @@ class Trainer:
 
     def _forget_after(self, step: int):
         """Drop what a killed run logged, or half wrote, after the state that is resumed."""
-        for left in self.folder.glob("**/.*"):
-            left.unlink()
+        for folder in (self.folder, self.folder / "model", self.folder / "best"):
+            remove_left_over(folder)
         rows = self.log.read_text().splitlines() if self.log.exists() else []
         kept = [r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step]
         write_atomic(self.log, "".join(kept).encode())
@@ -236,9 +285,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:
             raise InputError(
-                f"{path} does not fit this run ({type(error).__name__}): resume with the config "
-                f"that started it, {self.folder / 'config.yaml'}"
-            ) from error
+                f"{path} is damaged ({type(error).__name__}): start again under another name, with "
+                f"init={self.folder / 'model'} if that still loads"
+            ) from None
         self.step, self.best = state["step"], state["best"]
 
 
@@ -256,22 +305,6 @@ def open_board(folder: Path, step: int):
     return SummaryWriter(str(folder), purge_step=step)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that a name means; "auto" is CUDA where there is one.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:
-        raise InputError(f"device {name} is not available here: use cpu or auto") from error
-    return device
-
-
 def main(argv: list[str] | None = None) -> None:
     """`train.py --config FILE [--resume] [section.key=value ...]`."""
     parser = argparse.ArgumentParser(
@@ -280,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="continue the run of that name")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
     trainer = Trainer(config, args.resume)
     metrics = trainer.fit()

@@ -30,3 +30,16 @@ def picture():
     y, x = np.mgrid[0:12, 0:17]
     channels = [120 + 80 * np.sin(x / 3 + k) * np.cos(y / (2 + k)) for k in range(3)]
     return np.stack(channels, -1).round().astype(np.uint8)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA or AMD GPU; skipped without one")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how much was not tried, which a row of s among the dots does not."""
+    reason = "no CUDA device"
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("cuda" in r.keywords and reason in str(r.longrepr) for r in skipped)
+    if count:
+        terminalreporter.write_line(f"GPU tier: {count} tests skipped, {reason}")

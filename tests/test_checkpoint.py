@@ -77,7 +77,7 @@ def test_saving_again(folder, tiny_model):
 
 def test_saving_where_nothing_can_be(tmp_path, tiny_model):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be saved"):
+    with pytest.raises(InputError, match="cannot be made"):
         save_model(tmp_path / "file", tiny_model)
 
 
@@ -87,6 +87,7 @@ def test_missing(tmp_path, folder):
     assert "has no config.json" in refused(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("x")
     assert "is no model" in refused(tmp_path / "notes.txt")
+    assert "File name too long" in refused(tmp_path / ("x" * 300))
     (folder / "model.safetensors").unlink()
     assert "has no model.safetensors" in refused(folder)
 
@@ -98,14 +99,14 @@ def test_configs_are_read_strictly(folder):
         (lambda c: c.pop("format"), "has format None"),
         (lambda c: c.pop("model"), "has no key model"),
         (lambda c: c["model"].update(mood=1), "model.mood is not a key; did you mean model.mode?"),
-        (lambda c: c["model"]["direct"].update(radius=0), "model.direct.radius must be at least 1"),
+        (lambda c: c["model"]["direct"].update(radius=0), "model.direct.radius must be from 1"),
         (lambda c: c.update(extra=1), "extra is not a key"),
     ]
     for change, sentence in cases:
         (folder / "config.json").write_text(original)
         edit(folder, change)
         assert sentence in refused(folder)
-    for text in ("{", "", "[]"):
+    for text in ("{", "", "[]", "[" * 100_000, '{"format": 1' + 5000 * "0" + "}"):
         (folder / "config.json").write_text(text)
         assert "config.json" in refused(folder)
     (folder / "config.json").write_bytes(b"\xff\xff")
@@ -125,10 +126,10 @@ def test_tensors_must_be_those_of_the_config(folder, tiny_model):
     data = (folder / "model.safetensors").read_bytes()
     cases = [
         (lambda t: t.pop(name), f"{name} is missing"),
-        (lambda t: t.update(spare=torch.zeros(1)), "spare is not of this model"),
+        (lambda t: t.update(spare=torch.zeros(1)), "spare is unknown"),
         (lambda t: t.update({name: t[name][:-1].clone()}), f"{name} is [17, 8, 1, 1] instead of"),
-        (lambda t: t.update({name: t[name].to(torch.int32)}), f"{name} is torch.int32"),
-        (lambda t: t[name].view(-1)[3:4].fill_(float("nan")), f"{name} holds values that are not"),
+        (lambda t: t.update({name: t[name].to(torch.int32)}), "is not a dense tensor"),
+        (lambda t: t[name].view(-1)[3:4].fill_(float("nan")), "holds infinite"),
         (lambda t: t.clear(), "more"),
     ]
     for change, sentence in cases:
@@ -138,6 +139,21 @@ def test_tensors_must_be_those_of_the_config(folder, tiny_model):
     (folder / "model.safetensors").write_bytes(data)
     edit(folder, lambda c: c["model"]["encoder"].update(n_blocks=2))
     assert "is missing" in refused(folder)
+
+
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+def test_sizes_are_compared_before_anything_is_allocated(folder, mode):
+    def enlarge(content):
+        content["model"]["mode"] = mode
+        content["model"]["encoder"].update(n_feats=256)
+        content["model"]["bank"].update(points=10_000)
+
+    edit(folder, enlarge)
+    state = torch.get_rng_state()
+    assert "more such faults" in refused(folder)
+    assert torch.equal(torch.get_rng_state(), state)  # no weight was drawn
+    edit(folder, lambda c: c["model"]["encoder"].update(n_feats=10**7))
+    assert "model.encoder.n_feats must be from 1 to 4096" in refused(folder)
 
 
 def test_half_precision_weights_are_widened(folder):

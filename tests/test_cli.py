@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_several_photos_into_a_folder(here, picture, capsys):
     "argv, sentence",
     [
         (["-o", "out.png", "--scale", "0.5"], "photo.png: scale 0.5 is below 1"),
-        (["-o", "out.png", "--scale", "nan"], "photo.png: scale must be positive and finite"),
+        (["-o", "out.png", "--scale", "nan"], "at most 1,000,000, not nan"),
         (["-o", "out.png", "--size", "16x50"], "is below the picture's 17 x 12"),
         (["-o", "out.png", "--scale", "9999"], "--max-pixels"),
         (["-o", "out.png", "--scale", "2", "--max-pixels", "815"], "= 816 pixels"),
@@ -120,8 +121,19 @@ def test_several_photos_into_a_folder(here, picture, capsys):
         (["-o", "a.png", "--scale", "2", "--compare", "photo.png"], "would overwrite the input"),
         (["-o", "a.png", "--scale", "2", "--compare", "./a.png"], "both name a.png"),
         (["-o", "a.png", "--scale", "2", "--compare", "x/a.png"], "there is no folder x"),
-        (["-o", "out.png", "--scale", "2", "--threads", "0"], "--threads must be at least 1"),
+        (["-o", "out.png", "--scale", "2", "--threads", "0"], "--threads must be from 1 to 1024"),
+        (["-o", "out.png", "--scale", "2", "--threads", "1025"], "not 1025"),
         (["-o", "out.png", "--scale", "2", "--device", "abacus"], "abacus"),
+        (["-o", "out.png", "--scale", "2", "--device", "meta"], "device meta is none of auto, cpu"),
+        (["-o", "out.png", "--scale", "2", "--max-pixels", "0"], "--max-pixels must be at least 1"),
+        (["-o", "out.png", "--scale", "1e308"], "photo.png: scale must be positive and at most"),
+        (["-o", "out.png", "--scale", "1e6"], "photo.png: the result would have"),
+        (["-o", "x" * 300 + ".png", "--scale", "2"], "cannot be used (File name too long)"),
+        (["-o", "x" * 300 + "/", "--scale", "2"], "cannot be used (File name too long)"),
+        (["-o", "a.png", "--scale", "2", "--compare", "x" * 300 + ".png"], "File name too long"),
+        (["-o", "out.webp", "--size", "16384x12"], "out.webp: WEBP takes at most 16383 pixels"),
+        (["-o", "new/", "--size", "16384x12", "--compare", "c.webp"], "c.webp: WEBP takes at most"),
+        (["-o", "a.png", "--size", "40000x12", "--compare", "c.jpg"], "c.jpg: JPEG takes at most"),
     ],
 )
 def test_refusals(here, capsys, argv, sentence):
@@ -163,13 +175,21 @@ def test_everything_is_checked_before_the_work(here, capsys, monkeypatch):
     refused(capsys, "-o", "out.png", "--scale", "2", "--compare", "none/c.png")
     refused(capsys, "-o", "out.png", "--scale", "0.5")
     refused(capsys, "-o", "out.png", "--scale", "2", "--max-pixels", "815")
+    refused(capsys, "-o", "out.jpg", "--size", "65501x12")
     with pytest.raises(SystemExit):
         cli.main(["upscale", "photo.png", "missing.png", "-o", "folder", "--scale", "2"])
     assert "missing.png: there is no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["upscale", "photo.png", "x" * 300, "-o", "folder", "--scale", "2"])
+    assert "cannot be used (File name too long)" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["model", "photo.png"]  # not even the folder is made
 
 
 def test_folder_without_permission(here, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # by mode bits, root would still pass
+    def refuse(dir):  # by mode bits, root would still pass
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     assert "may not be written to" in refused(capsys, "-o", "a.png", "--scale", "2")
 
 

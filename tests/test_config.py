@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gsr.config import CHECKS, Config, ModelConfig, from_dict, load_config, to_dict
+from gsr.config import CHECKS, Config, ModelConfig, check, from_dict, load_config, to_dict
 from gsr.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -98,16 +98,21 @@ def test_every_mistake_is_named_at_once(write):
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("model.encoder.n_blocks=0", "at least 1"),
+        ("model.encoder.n_blocks=0", "from 1 to 1024"),
         ("model.encoder.res_scale=0", "above 0"),
-        ("model.direct.gaussians=0", "at least 1"),
-        ("model.direct.radius=0", "at least 1"),
+        ("model.encoder.n_feats=10000000", "from 1 to 4096"),
+        ("model.encoder.res_scale=1" + 400 * "0", "finite"),
+        ("model.direct.gaussians=0", "from 1 to 256"),
+        ("model.direct.radius=0", "from 1 to 16"),
         ("model.bank.points=99", "a square number"),
         ("model.bank.points=0", "a square number"),
+        ("model.bank.points=1000000", "a square number"),
         ("model.bank.window=6", "odd"),
+        ("model.bank.window=1", "odd and from 3"),
+        ("model.bank.kernel_size=1", "from 2 to 99"),
         ("model.decoder.hidden_dim=7", "even"),
-        ("model.decoder.hidden_list=[]", "one positive width or more"),
-        ("model.decoder.hidden_list=[4, 0]", "one positive width or more"),
+        ("model.decoder.hidden_list=[]", "1 to 64 widths"),
+        ("model.decoder.hidden_list=[4, 0]", "each from 1 to 4096"),
         ("data.patch=7", "at least 8"),
         ("data.scale_min=0.5", "at least 1"),
         ("data.scale_max=0.9", "at least scale_min"),
@@ -120,7 +125,11 @@ def test_every_mistake_is_named_at_once(write):
         ("train.steps=0", "at least 1"),
         ("train.gamma=1.5", "at most 1"),
         ("train.seed=-1", "2^32"),
+        ("train.threads=0", "from 1 to 1024"),
+        ("train.threads=1025", "from 1 to 1024"),
         ("train.device=GPU 1", "cuda:1"),
+        ("train.device=meta", "cuda:1"),
+        ("train.device=cpu:x", "cuda:1"),
         ("name=a/b", "without slashes"),
         ("name=..", "without slashes"),
     ],
@@ -132,8 +141,8 @@ def test_ranges(write, override, sentence):
 
 
 def test_ranges_across_sections(write):
-    assert "model.bank.channels must be at most encoder.n_feats, not 8" in mistakes(
-        write("model: {mode: field, encoder: {n_feats: 4}}")
+    assert "model.bank.channels must be below encoder.n_feats, not 8" in mistakes(
+        write("model: {mode: field, encoder: {n_feats: 8}}")
     )
     assert load_config(write("model: {encoder: {n_feats: 4}}")).model.encoder.n_feats == 4
 
@@ -152,6 +161,20 @@ def test_every_section_has_limits():
                 yield from sections(field.default_factory)
 
     assert set(sections(Config)) == set(CHECKS)
+
+
+def test_devices_and_threads(write):
+    for device in ("auto", "cpu", "cuda", "cuda:1", "mps", "xpu"):
+        overrides = [f"train.device={device}", "train.threads=1024"]
+        assert load_config(write(""), overrides).train.device == device
+
+
+def test_check_is_for_configs_made_in_python():
+    config = ModelConfig(mode="field")
+    assert check(config) == config and check(config) is not config
+    config.bank.window = 8
+    with pytest.raises(InputError, match="^bank.window must be odd and from 3 to 99, not 8$"):
+        check(config)
 
 
 def test_overrides(write):
@@ -196,6 +219,7 @@ def test_wrong_documents(write, text, sentence):
 def test_files_that_cannot_be_read(tmp_path):
     assert "there is no such config file" in mistakes(tmp_path / "none.yaml")
     assert "is a folder" in mistakes(tmp_path)
+    assert "cannot be used" in mistakes(tmp_path / ("x" * 300))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01\xff")
     assert "cannot be read as text" in mistakes(tmp_path / "binary.yaml")
 

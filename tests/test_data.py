@@ -8,6 +8,7 @@ from PIL import Image
 
 from gsr.config import DataConfig
 from gsr.data import (
+    Draw,
     PatchDataset,
     ScaleBatchSampler,
     downscale,
@@ -43,7 +44,7 @@ def test_a_batch(folder):
     c = config(folder)
     paths, val = split_pictures(c)
     assert (len(paths), len(val)) == (3, 1)
-    for batch in make_loader(paths, c, seed=1, first=0, last=4):
+    for batch in make_loader(PatchDataset(paths, c), seed=1, first=0, last=4):
         side = round(12 * batch.scale)
         assert batch.size == (side, side)
         assert 1 <= batch.scale <= 4
@@ -58,7 +59,7 @@ def test_targets_lie_where_their_coordinates_say(folder):
     """The LR patch read at the coordinates is close to the targets, and no other order is."""
     c = config(folder, scale_min=2.0)
     paths, _ = split_pictures(c)
-    for batch in make_loader(paths, c, seed=2, first=0, last=8):
+    for batch in make_loader(PatchDataset(paths, c), seed=2, first=0, last=8):
 
         def distance(coord, b=batch):
             grid = coord.flip(-1)[:, None]
@@ -73,7 +74,7 @@ def test_targets_lie_where_their_coordinates_say(folder):
 def test_queries_are_distinct(folder):
     c = config(folder, queries=144)
     paths, _ = split_pictures(c)
-    batch = next(iter(make_loader(paths, c, seed=0, first=0, last=1)))
+    batch = next(iter(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1)))
     for coord in batch.coord:
         assert len(torch.unique(coord, dim=0)) == 144
 
@@ -81,21 +82,22 @@ def test_queries_are_distinct(folder):
 def test_any_step_again(folder):
     c = config(folder)
     paths, _ = split_pictures(c)
-    whole = list(make_loader(paths, c, seed=3, first=0, last=7))
-    rest = list(make_loader(paths, c, seed=3, first=4, last=7))
+    whole = list(make_loader(PatchDataset(paths, c), seed=3, first=0, last=7))
+    rest = list(make_loader(PatchDataset(paths, c), seed=3, first=4, last=7))
     for a, b in zip(whole[4:], rest, strict=True):
         assert a.size == b.size
         assert torch.equal(a.lr, b.lr) and torch.equal(a.target, b.target)
-    other = next(iter(make_loader(paths, c, seed=4, first=0, last=1)))
+    other = next(iter(make_loader(PatchDataset(paths, c), seed=4, first=0, last=1)))
     assert not torch.equal(whole[0].lr, other.lr)
 
 
 def test_workers_and_cache_change_nothing(folder):
     c = config(folder)
     paths, _ = split_pictures(c)
-    plain = list(make_loader(paths, c, seed=5, first=0, last=4))
+    plain = list(make_loader(PatchDataset(paths, c), seed=5, first=0, last=4))
     other = config(folder, workers=2, cache=False)
-    for a, b in zip(plain, make_loader(paths, other, seed=5, first=0, last=4), strict=True):
+    loader = make_loader(PatchDataset(paths, other), seed=5, first=0, last=4)
+    for a, b in zip(plain, loader, strict=True):
         assert torch.equal(a.lr, b.lr) and torch.equal(a.target, b.target)
 
 
@@ -109,6 +111,61 @@ def test_an_epoch_visits_each_picture_equally(folder):
         assert np.bincount(seen).tolist() == [5, 5, 5]
     scales = [batch[0].scale for batch in ScaleBatchSampler(3, c, 0, 0, 200)]
     assert min(scales) < 1.1 and max(scales) > 3.9 and len(set(scales)) == 200
+
+
+def test_a_patch_is_what_its_random_numbers_say(folder):
+    """Crop, Pillow's bicubic, flips and transposition, done again here from the same key."""
+    c = config(folder, scale_min=2.0)
+    paths, _ = split_pictures(c)
+    dataset = PatchDataset(paths, c)
+    turned = set()
+    for n in range(24):
+        draw = Draw(n % 3, 2.0 + n / 24, (7, 2, n, 0))
+        lr, index, target, scale = dataset[draw]
+        side = round(12 * scale)
+        rng = np.random.default_rng(draw.key)
+        picture = np.asarray(Image.open(paths[draw.index]))
+        y, x = rng.integers(0, 60 - side + 1), rng.integers(0, 70 - side + 1)
+        hr = Image.fromarray(picture[y : y + side, x : x + side])
+        small = hr.resize((12, 12), Image.Resampling.BICUBIC)
+        flip_y, flip_x, transpose = rng.random(3) < 0.5
+        turned.add((flip_y, flip_x, transpose))
+        for flip, how in ((flip_y, Image.FLIP_TOP_BOTTOM), (flip_x, Image.FLIP_LEFT_RIGHT)):
+            hr, small = (p.transpose(how) if flip else p for p in (hr, small))
+        hr, small = (p.transpose(Image.TRANSPOSE) if transpose else p for p in (hr, small))
+        assert np.array_equal(np.asarray(small).transpose(2, 0, 1), lr.numpy())
+        assert np.array_equal(np.asarray(hr).reshape(-1, 3)[index.numpy()], target.numpy())
+    assert len(turned) == 8
+
+
+def test_every_epoch_has_its_own_order(folder):
+    c = config(folder, repeat=20, batch=6)
+    first, second = (
+        [draw.index for batch in ScaleBatchSampler(3, c, 0, e * 10, e * 10 + 10) for draw in batch]
+        for e in (0, 1)
+    )
+    assert sorted(first) == sorted(second) and first != second
+    assert first != sorted(first)
+
+
+def test_validation_pictures(folder, tmp_path):
+    """From their own folder, or set aside evenly from the training pictures."""
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (60, 60)).save(tmp_path / "val" / "own.png")
+    train, val = split_pictures(config(folder, val=str(tmp_path / "val")))
+    assert [p.name for p in val] == ["own.png"] and len(train) == 5
+    (tmp_path / "val" / "own.png").unlink()
+    train, val = split_pictures(config(folder, val_count=2))
+    assert [p.name for p in val] == ["1.png", "3.png"]
+    assert [p.name for p in train] == ["0.png", "2.png"]
+
+
+def test_a_bad_picture_is_found_before_training(folder):
+    data = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(data[: len(data) // 2])
+    c = config(folder, cache=False)
+    with pytest.raises(InputError, match="1.png"):
+        PatchDataset(split_pictures(c)[0], c)
 
 
 def test_coordinates():

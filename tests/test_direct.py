@@ -127,3 +127,14 @@ def test_every_parameter_learns(model):
     model(lr, size=(20, 20), coord=coord).square().sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
+    # colour, sigma, offset, rho and opacity of every Gaussian are channels of one convolution
+    channels = model.head.out.weight.grad.abs().amax(dim=(1, 2, 3))
+    assert (channels > 0).all()
+
+
+def test_each_property_of_a_gaussian_is_used(model):
+    encoded = model.encode(picture())
+    whole = model.render(encoded, (20, 20))
+    for name in encoded._fields:
+        other = encoded._replace(**{name: getattr(encoded, name) * 0.9})
+        assert (model.render(other, (20, 20)) - whole).abs().max() > 1e-4, name

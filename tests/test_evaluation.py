@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,7 @@ def test_main(checkpoint, tmp_path, capsys):
     assert measured == pytest.approx(expected, abs=1e-3)
 
     lines = text.rstrip().splitlines()
+    assert lines.pop() == f"report: {output}" and lines.pop() == ""
     assert lines == table(first).splitlines()
     assert [line.split()[0] for line in lines] == ["eval", "bicubic", "model"]
     bicubic = data["scales"][1]["methods"]["bicubic"]
@@ -345,11 +347,45 @@ def test_commit(tmp_path, monkeypatch):
     assert evaluation._commit() is None
 
 
-def test_main_refuses(checkpoint, tmp_path, monkeypatch):
+def test_the_report_is_written_without_being_asked_for(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(arguments(checkpoint, "--scale", "2", "--limit", "1"))
+    assert capsys.readouterr().out.endswith("\n\nreport: evaluation.json\n")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["sets"][0]["pictures"] == 1
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "default: evaluation.json in this folder" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", ["--output", "--save"])
+def test_folders_are_tried_before_the_work(checkpoint, tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "closed").mkdir()
+    make = tempfile.TemporaryFile
+
+    def refuse(dir):  # by mode bits, root would still pass
+        if Path(dir).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    path = "closed/report.json" if option == "--output" else "closed"
+    with pytest.raises(InputError, match="closed may not be written to"):
+        main(arguments(checkpoint, option, path))
+    with pytest.raises(InputError, match="File name too long"):
+        main(arguments(checkpoint, option, "x" * 300))
+
+
+def test_main_refuses(checkpoint, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     for more, part in [
         (["--scale", "0"], "from 1"),
         (["--scale", "nan"], "from 1"),
-        (["--threads", "0"], "--threads"),
+        (["--threads", "0"], "--threads must be from 1 to 1024, not 0"),
+        (["--threads", "1025"], "--threads must be from 1 to 1024, not 1025"),
+        (["--device", "meta"], "device meta is none of"),
+        (["--data", "x" * 300], "File name too long"),
         (["--limit", "0"], "--limit"),
         (["--output", str(tmp_path)], "is a folder"),
         (["--save", str(checkpoint / "config.json")], "cannot be made"),
@@ -365,11 +401,12 @@ def test_main_refuses(checkpoint, tmp_path, monkeypatch):
     assert stop.value.code == 2
 
 
-def test_script(checkpoint):
+def test_script(checkpoint, tmp_path):
     def script(*more):
         return subprocess.run(
             [sys.executable, ROOT / "evaluate.py", *arguments(checkpoint, *more)],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     good = script("--scale", "2", "--limit", "1")

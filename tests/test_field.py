@@ -219,6 +219,32 @@ def test_assignment():
     close(many.mean(0), logits[0, :, :1, :1].softmax(0), atol=0.02)
 
 
+def test_other_assignments_are_refused():
+    with pytest.raises(InputError, match="argmax, softmax or gumbel, not 'hard'"):
+        assign(torch.zeros(1, 4, 2, 2), "hard")
+
+
+@pytest.mark.parametrize("mode", ["field", "official"])
+def test_few_pixels_are_decoded_at_a_time(mode, monkeypatch):
+    """The waves of a published model, 512 float32 a pixel, take 32 MiB however large HR is."""
+    model, pixels = make(mode), []
+    rgb = model.head.decoder.rgb
+
+    def counted(waves, *rest):
+        pixels.append(waves[..., 0].numel())
+        return rgb(waves, *rest)
+
+    monkeypatch.setattr(model.head.decoder, "rgb", counted)
+    size, most = (130, 301), 2**25 // (512 * 4)
+    with torch.inference_mode():
+        encoded = model.encode(picture(13, 14, b=2))
+        model.render(encoded, size)
+        assert max(pixels) <= most and sum(pixels) == 2 * 130 * 301
+        pixels.clear()
+        model.query(encoded, size, torch.zeros(2, 20_000, 2))
+        assert max(pixels) <= most and sum(pixels) == 2 * 20_000
+
+
 def test_each_pixel_has_its_own_mean_gaussian():
     bank, weights = GaussianBank(4), torch.rand(2, 4, 3, 5)
     with torch.no_grad():

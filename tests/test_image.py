@@ -140,6 +140,8 @@ def test_broken_files_are_refused(tmp_path, picture):
 def test_paths_that_hold_no_picture(tmp_path):
     assert "no such file" in refused(tmp_path / "none.png")
     assert "is a folder" in refused(tmp_path)
+    assert "File name too long" in refused(tmp_path / ("x" * 300))
+    assert "cannot be used" in refused(tmp_path / "\0.png")
 
 
 @pytest.mark.parametrize("limit", [100, 150])  # Pillow raises beyond twice its limit, warns below
@@ -163,6 +165,7 @@ def test_list_images(tmp_path, picture):
     assert found == ["b.PNG", *sorted(many), "sub/a.jpg", "sub/deep/c.webp"]
     assert "no such folder" in refused(tmp_path / "none", gi.list_images)
     assert "is a file" in refused(tmp_path / "notes.txt", gi.list_images)
+    assert "File name too long" in refused(tmp_path / ("x" * 300), gi.list_images)
     assert "holds no picture" in refused(tmp_path / "folder.png", gi.list_images)
 
 
@@ -178,9 +181,13 @@ def test_writing_is_refused(tmp_path, picture):
     assert "float32" in refused_to_write(tmp_path / "a.png", picture.astype(np.float32))
     assert "[2, 2, 2]" in refused_to_write(tmp_path / "a.png", np.zeros((2, 2, 2), np.uint8))
     # A JPEG cannot be wider than 65,500 pixels.
-    assert "choose another suffix" in refused_to_write(
-        tmp_path / "a.jpg", np.zeros((1, 66000, 3), np.uint8)
+    assert "at most 65500 pixels a side, not 65501 x 1; choose another suffix" in refused_to_write(
+        tmp_path / "a.jpg", np.zeros((1, 65501, 3), np.uint8)
     )
+    assert "at most 16383 pixels a side" in refused_to_write(
+        tmp_path / "a.webp", np.zeros((16384, 1, 3), np.uint8)
+    )
+    assert "File name too long" in refused_to_write(tmp_path / ("x" * 300 + ".png"))
     assert sorted(os.listdir(tmp_path)) == ["folder.png"]
 
 
@@ -201,6 +208,34 @@ def test_writing_is_atomic(tmp_path, picture, monkeypatch):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_limits_of_formats_are_the_encoders_own(tmp_path):
+    for name, side in (("a.jpg", 65500), ("a.webp", 16383)):
+        gi.write_image(tmp_path / name, np.zeros((1, side, 3), np.uint8))
+        gi.write_image(tmp_path / name, np.zeros((side, 1, 3), np.uint8))
+        for size in ((1, side + 1), (side + 1, 1)):
+            with pytest.raises((OSError, ValueError)):
+                Image.new("RGB", size).save(tmp_path / f"direct-{name}")
+
+
+def test_names_as_long_as_they_may_be(tmp_path, picture):
+    for name in ("x" * 251 + ".png", "\N{GRINNING FACE}" * 62 + ".png"):
+        gi.write_image(tmp_path / name, picture)
+        np.testing.assert_array_equal(gi.read_image(tmp_path / name), picture)
+
+
+def test_data_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    steps = []
+
+    def fsync(handle):
+        steps.append(os.fstat(handle).st_size)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *a: (steps.append("replace"), replace(*a)))
+    gi.write_atomic(tmp_path / "a", b"12345")
+    assert steps == [5, "replace"]
 
 
 def test_save_image_keeps_profile_and_lays_alpha_on_white(tmp_path, picture):

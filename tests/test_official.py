@@ -12,7 +12,7 @@ from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
 from gsr.data import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR, decoder
-from gsr.models.official import shared_splat, window_weights
+from gsr.models.official import shared_splat, window_kernels, window_side
 from gsr.models.published import load_published
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
@@ -162,15 +162,15 @@ def test_splat_of_other_windows_and_unequal_scales(window, taps, scale):
     gaussians[:, 3] += 0.3
     want = splat_by_loops(features, gaussians, scale, window, taps)
     assert (want > 0).any() and (want < 1).any()
-    weights = window_weights(gaussians, scale, window, taps)
-    close(shared_splat(features, weights, want.shape[-2:]), want, atol=1e-9)
+    kernels, side = window_kernels(gaussians, window, taps), window_side(scale, window, taps)
+    close(shared_splat(features, kernels, side, want.shape[-2:]), want, atol=1e-9)
 
 
 def test_weights_stay_finite_where_rho_exceeds_one():
     gaussians = torch.ones(1, 4, 7, 7)
     gaussians[:, 0], gaussians[:, 3] = 0.3, 1.5
-    weights = window_weights(gaussians, (4.0, 4.0))
-    assert weights.isfinite().all() and weights.max() <= 1
+    kernels = window_kernels(gaussians)
+    assert kernels.isfinite().all() and kernels.max() <= 1
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (13, 14), (17, 40), (39, 40), (0, 40)])
@@ -185,16 +185,16 @@ def test_rows_are_rows_of_the_picture(rows):
 @pytest.mark.parametrize("size", [(7, 9), (31, 25), (36, 44)])
 def test_splat_by_rows(size):
     g = torch.Generator().manual_seed(1)
-    features, weights = torch.rand(1, 2, 14, 21, generator=g), torch.rand(12, 15, 49, generator=g)
-    weights /= 25
-    whole = shared_splat(features, weights, size)
+    features, kernels = torch.rand(1, 2, 14, 21, generator=g), torch.rand(49, 5, 5, generator=g)
+    kernels, side = kernels / 25, (12, 15)
+    whole = shared_splat(features, kernels, side, size)
     want = torch.nn.functional.interpolate(
-        shared_splat(features, weights, (24, 45)), size, mode="bicubic"
+        shared_splat(features, kernels, side, (24, 45)), size, mode="bicubic"
     )
     close(whole, want)
     for first in range(size[0]):
         last = min(size[0], first + 1 + first % 3)
-        close(shared_splat(features, weights, size, (first, last)), whole[:, :, first:last])
+        close(shared_splat(features, kernels, side, size, (first, last)), whole[:, :, first:last])
 
 
 def test_strips_of_any_height_agree(monkeypatch):
@@ -294,7 +294,9 @@ def test_least_scale():
         ("bank", "channels", 0),
         ("bank", "channels", 12),
         ("bank", "window", 0),
+        ("bank", "window", 8),
         ("bank", "kernel_size", 1),
+        ("encoder", "n_feats", 10**7),
         ("decoder", "hidden_dim", 15),
         ("decoder", "hidden_dim", 0),
         ("decoder", "hidden_list", [16, 0]),

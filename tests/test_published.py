@@ -148,9 +148,13 @@ def test_code_is_not_run(content, tmp_path, new_format):
 
 def test_a_plain_pickle_with_code_is_not_run(tmp_path):
     path = tmp_path / "code.pkl"
-    path.write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
-    refused(path, "not a PyTorch file")
-    assert not (tmp_path / "ran").exists()
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps(_Code(tmp_path / "ran"), protocol)
+        path.write_bytes(data)
+        refused(path, "holds Python code or objects")
+        assert not (tmp_path / "ran").exists()
+    path.write_bytes(data[:-1])
+    refused(path, "truncated, damaged or not a PyTorch file")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -232,12 +236,10 @@ def test_other_models(content, tmp_path, key, value, pattern):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("kernel_size", 1),
         ("kernel_size", None),
         ("kernel_size", "5"),
         ("kernel_size", True),
         ("unfold_row", 9),
-        ("unfold_row", 0),
         ("unfold_column", 8),
         ("hidden_dim", 128),
         ("num_points", 64),
@@ -250,7 +252,6 @@ def test_other_models(content, tmp_path, key, value, pattern):
         ("encoder_spec.args.n_resblocks", True),
         ("encoder_spec.args.n_feats", 32),
         ("encoder_spec.args.res_scale", "one"),
-        ("encoder_spec.args.res_scale", float("nan")),
         ("encoder_spec.args.no_upsampling", False),
         ("encoder_spec.args.surprise", 1),
         ("dec_spec.name", "kan"),
@@ -270,6 +271,27 @@ def test_arguments_that_do_not_fit(content, tmp_path, key, value):
     key = "unfold_column" if (key, value) == ("unfold_row", 9) else key
     message = refused(saved(content, tmp_path), re.escape(f"{key} = "))
     assert "only" in message
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"kernel_size": 1}, "bank.kernel_size must be from 2 to 99, not 1"),
+        ({"unfold_row": 8, "unfold_column": 8}, "bank.window must be odd and from 3 to 99, not 8"),
+        ({"res_scale": 0}, "encoder.res_scale must be above 0, not 0.0"),
+        ({"res_scale": -1.0}, "encoder.res_scale must be above 0, not -1.0"),
+        ({"res_scale": float("nan")}, "encoder.res_scale must be a finite number, not nan"),
+        ({"res_scale": 10**400}, "encoder.res_scale must be a finite number"),
+    ],
+    ids=str,
+)
+def test_limits_are_those_of_the_config(content, tmp_path, changes, sentence):
+    args = content["model"]["args"]
+    encoder = args["encoder_spec"]["args"]
+    (encoder if "res_scale" in changes else args).update(changes)
+    with pytest.raises(InputError) as error:
+        load_published(saved(content, tmp_path))
+    assert sentence in str(error.value) and "does not describe a valid model" in str(error.value)
 
 
 def test_default_blocks_must_agree_with_the_tensors(content, tmp_path):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gsr.checkpoint import load_model
 from gsr.config import load_config
+from gsr.data import Batch, pixel_coords
 from gsr.errors import InputError
-from gsr.training import VAL_SCALES, Trainer, learning_rate, validate
+from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"
@@ -49,7 +51,7 @@ def test_learns_in_every_mode(tmp_path, mode):
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     # `direct` starts from the bicubic enlargement, so that there is less for it to learn
-    assert losses[-1] < losses[0] * (0.999 if mode == "direct" else 0.8)
+    assert losses[-1] < losses[0] * (0.97 if mode == "direct" else 0.8)
     assert any(row["kind"] == "val" and row["psnr"] > 10 for row in rows)
 
 
@@ -111,7 +113,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert not list((tmp_path / "killed" / "smoke").glob("**/.*"))
+    assert not list((tmp_path / "killed" / "smoke").glob("**/.*gsr-tmp"))
     log = [
         [json.loads(line) for line in open(tmp_path / run / "smoke" / "log.jsonl")]
         for run in ("whole", "killed")
@@ -151,9 +153,123 @@ def test_refusals(tmp_path):
         Trainer(config(tmp_path, "train.steps=1"))
     with pytest.raises(InputError, match="without --resume"):
         Trainer(config(tmp_path / "new"), resume=True)
-    with pytest.raises(InputError, match="config that started it"):
-        Trainer(config(tmp_path, "model.encoder.n_feats=8"), resume=True)
+    with pytest.raises(InputError, match="another model.encoder.n_feats, train.lr:"):
+        Trainer(config(tmp_path, "model.encoder.n_feats=8", "train.lr=1", "train.steps=1"), True)
+    with pytest.raises(InputError, match="is finished"):
+        Trainer(config(tmp_path, "train.steps=1", "train.log_every=3"), resume=True).fit(False)
+    (tmp_path / "smoke" / "state.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match="state.pt is damaged"):
+        Trainer(config(tmp_path, "train.steps=1"), resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        Trainer(config(tmp_path / "file"))
     with pytest.raises(InputError, match="device"):
         Trainer(config(tmp_path / "new", "train.device=gpu"))
-    with pytest.raises(InputError, match="loss is"):
-        Trainer(config(tmp_path / "nan", "train.lr=1e30", "train.steps=20")).fit(progress=False)
+
+
+def test_what_has_diverged_is_not_saved(tmp_path):
+    c = config(
+        tmp_path, "train.lr=1e30", "train.steps=20", "train.log_every=50", "train.save_every=1",
+        "train.val_every=50",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="are not finite by step"):
+        Trainer(c).fit(progress=False)
+    assert all(t.isfinite().all() for t in weights(tmp_path).values())
+
+
+def one_batch():
+    g = torch.Generator().manual_seed(0)
+    index = torch.arange(24 * 24).expand(2, -1)
+    return Batch(
+        torch.rand(2, 3, 12, 12, generator=g), pixel_coords(index, (24, 24)),
+        torch.rand(2, 24 * 24, 3, generator=g), (24, 24), 2.0,
+    )  # fmt: skip
+
+
+def test_one_step_is_adam_on_the_mean_absolute_error(tmp_path):
+    trainer, batch = Trainer(config(tmp_path, "train.schedule=step", "train.lr=1e-2")), one_batch()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    model = trainer.model
+    loss = (model(batch.lr, size=batch.size, coord=batch.coord) - batch.target).abs().mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert abs(trainer._train_step(batch).item() - loss.item()) < 1e-6
+    for (name, now), g in zip(model.named_parameters(), gradients, strict=True):
+        # Adam's first step is lr in the direction of each gradient's sign.
+        expected = before[name] - 1e-2 * g / (g.abs() + 1e-8)
+        sure = g.abs() > 1e-6
+        torch.testing.assert_close(now[sure], expected[sure], atol=1e-4, rtol=0)
+
+
+def test_the_schedule_is_applied(tmp_path):
+    c = config(tmp_path, "train.steps=10", "train.warmup=4", "train.log_every=1")
+    Trainer(c).fit(progress=False)
+    rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
+    rates = [row["lr"] for row in rows if row["kind"] == "train"]
+    assert rates == [learning_rate(c.train, s, 10, 1) for s in range(10)]
+    assert rates[0] < rates[3] and rates[9] < rates[4] / 4
+
+
+def test_clip_and_precision(tmp_path):
+    def gradients(*overrides):
+        trainer = Trainer(config(tmp_path / str(len(list(tmp_path.iterdir()))), *overrides))
+        trainer._train_step(one_batch())
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    full = gradients()
+    clipped = gradients("train.clip=1e-3")
+    assert full.norm() > 2e-3
+    assert abs(clipped.norm().item() - 1e-3) < 1e-6
+    half = gradients("train.precision=bf16")
+    assert 1e-5 < (half - full).norm() / full.norm() < 0.2
+
+
+def test_best_is_kept_also_across_a_resume(tmp_path, monkeypatch):
+    scores = iter([1.0, 3.0, 2.0, 2.5])
+    monkeypatch.setattr("gsr.training.validate", lambda *_: {"psnr": next(scores)})
+    steps = ["train.val_every=1", "train.save_every=1", "train.schedule=step", "train.lr=1e-2"]
+    Trainer(config(tmp_path, "train.steps=2", *steps)).fit(progress=False)
+    best = {k: v.clone() for k, v in load_model(tmp_path / "smoke" / "best").state_dict().items()}
+    assert same(best, weights(tmp_path))
+    Trainer(config(tmp_path, "train.steps=4", *steps), resume=True).fit(progress=False)
+    assert same(best, load_model(tmp_path / "smoke" / "best").state_dict())
+    assert not same(best, weights(tmp_path))
+
+
+def test_init_starts_from_weights(tmp_path):
+    Trainer(config(tmp_path / "a", "train.steps=2", "train.lr=1e-2")).fit(progress=False)
+    init = f"init={tmp_path / 'a' / 'smoke' / 'model'}"
+    trainer = Trainer(config(tmp_path / "b", init))
+    assert same(weights(tmp_path / "a"), trainer.model.state_dict())
+    with pytest.raises(InputError, match="init"):
+        Trainer(config(tmp_path / "c", init, "model.direct.gaussians=2"))
+
+
+def test_a_users_own_files_stay(tmp_path):
+    c = config(tmp_path, "train.steps=2", "train.schedule=step")
+    Trainer(c).fit(progress=False)
+    run = tmp_path / "smoke"
+    (run / ".notes").write_text("mine")
+    (run / ".ipynb_checkpoints").mkdir()
+    (run / ".state.pt.x.gsr-tmp").write_text("left over")
+    c.train.steps = 3
+    Trainer(c, resume=True)
+    assert (run / ".notes").exists() and (run / ".ipynb_checkpoints").exists()
+    assert not (run / ".state.pt.x.gsr-tmp").exists()
+
+
+def test_options_and_overrides_in_any_order(tmp_path, monkeypatch):
+    seen = {}
+
+    class Fake:
+        folder = tmp_path
+
+        def __init__(self, config, resume):
+            seen.update(name=config.name, lr=config.train.lr, resume=resume)
+
+        def fit(self):
+            return {}
+
+    monkeypatch.setattr("gsr.training.Trainer", Fake)
+    smoke = str(ROOT / "configs" / "smoke.yaml")
+    main(["train.lr=2", "--config", smoke, "name=x", "--resume"])
+    assert seen == {"name": "x", "lr": 2.0, "resume": True}

@@ -6,12 +6,14 @@ picture) and `query` (chosen points). To add one, write the class and name it in
 
 from __future__ import annotations
 
-import math
+import operator
 from importlib import import_module
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gsr.config import EncoderConfig, ModelConfig
+from gsr.config import EncoderConfig, ModelConfig, check
 from gsr.errors import InputError
 from gsr.models.edsr import EDSR
 
@@ -21,6 +23,8 @@ HEADS = {
     "field": "gsr.models.field:FieldHead",
     "official": "gsr.models.official:OfficialHead",
 }
+MAX_SCALE = 1_000_000
+MAX_SIDE = 2**31 - 1  # of a result, pixels
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
@@ -39,11 +43,14 @@ class GaussianSR(nn.Module):
 
     Args:
         config: the architecture, see `gsr.config.ModelConfig`.
+
+    Raises:
+        InputError: the config breaks one of its limits.
     """
 
     def __init__(self, config: ModelConfig | None = None):
         super().__init__()
-        self.config = config or ModelConfig()
+        self.config = check(config or ModelConfig())
         self.encoder = make_encoder(self.config.encoder)
         self.head = make_head(self.config)
 
@@ -55,8 +62,13 @@ class GaussianSR(nn.Module):
     def encode(self, lr: Tensor):
         """LR picture [B, 3, h, w] in [0, 1] to a named tuple of tensors [B, ..., h, w].
 
-        All that is learnt at LR happens here, once, whatever is rendered afterwards.
+        All that is learnt at LR happens here, once, whatever is rendered afterwards. Raises
+        InputError for a tensor of another shape, an empty one, or one of integers.
         """
+        check_picture(lr)
+        return self._encode(lr)
+
+    def _encode(self, lr: Tensor):
         return self.head.encode(self.encoder(lr), lr)
 
     def render(self, encoded, size, scale=None, rows=None) -> Tensor:
@@ -76,6 +88,18 @@ class GaussianSR(nn.Module):
         size, scale = resolve_size(encoded[0].shape[-2:], size, scale)
         return self.head.query(encoded, size, coord, scale)
 
+    def compile(self, **options) -> GaussianSR:
+        """Have torch.compile make what is learnt into kernels; returns the model itself.
+
+        `encode` becomes one graph and the decoder of `official` and `field` another, each for all
+        picture sizes and scales; the splats are kernels already. `options` go to torch.compile.
+        """
+        options = {"dynamic": True, "fullgraph": True, **options}
+        self._encode = torch.compile(self._encode, **options)
+        if hasattr(self.head, "decoder"):
+            self.head.decoder.rgb = torch.compile(self.head.decoder.rgb, **options)
+        return self
+
     def forward(self, lr: Tensor, size=None, scale=None, coord: Tensor | None = None) -> Tensor:
         """Upscale `lr` [B, 3, h, w] in [0, 1].
 
@@ -88,30 +112,65 @@ class GaussianSR(nn.Module):
         Returns:
             [B, 3, H, W], or [B, Q, 3] with `coord`; around [0, 1], not clamped.
         """
+        check_picture(lr)
         size, scale = resolve_size(lr.shape[-2:], size, scale)
-        encoded = self.encode(lr)
+        encoded = self._encode(lr)
         if coord is None:
             return self.head.render(encoded, size, scale, None)
         return self.head.query(encoded, size, coord, scale)
+
+
+def check_picture(lr: Tensor) -> None:
+    """Raise InputError unless lr is a float tensor [B, 3, h, w] that is not empty."""
+    if lr.ndim != 4 or lr.shape[1] != 3 or 0 in lr.shape or not lr.is_floating_point():
+        raise InputError(
+            f"lr must be a float tensor [B, 3, h, w] in [0, 1], not {lr.dtype} {list(lr.shape)}"
+        )
 
 
 def resolve_size(lr_size, size=None, scale=None) -> tuple[tuple[int, int], tuple[float, float]]:
     """The size (H, W) and scale (s_y, s_x) that a call means, from either or both.
 
     Raises:
-        InputError: neither is given, or one is not positive and finite.
+        InputError: neither is given, or one is not as `check_size` and `check_scale` want it.
     """
-    h, w = lr_size
+    if size is None and scale is None:
+        raise InputError("give size=(H, W) or scale")
     if scale is not None:
-        scale = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
-        if len(scale) != 2 or not all(math.isfinite(s) and s > 0 for s in scale):
-            raise InputError(f"scale must be positive and finite, not {scale}")
-        scale = (float(scale[0]), float(scale[1]))
+        scale = check_scale(scale)
     if size is None:
-        if scale is None:
-            raise InputError("give size=(H, W) or scale")
-        size = (round(h * scale[0]), round(w * scale[1]))
-    size = (int(size[0]), int(size[1]))
-    if min(size) < 1:
-        raise InputError(f"size must be at least one pixel a side, not {size[0]} x {size[1]}")
-    return size, scale or (size[0] / h, size[1] / w)
+        size = tuple(round(n * s) for n, s in zip(lr_size, scale, strict=True))
+    size = check_size(size)
+    return size, scale or tuple(n_hr / n for n, n_hr in zip(lr_size, size, strict=True))
+
+
+def check_scale(scale: Any) -> tuple[float, float]:
+    """A number or a pair (s_y, s_x) as a pair; InputError unless above 0 and at most a million."""
+    try:
+        values = list(scale)
+    except TypeError:  # one number, of whatever kind
+        values = [scale]
+    try:
+        if any(isinstance(value, (bool, str)) for value in values):
+            raise TypeError
+        numbers = [float(value) for value in values]
+        s_y, s_x = numbers if len(numbers) == 2 else numbers * 2
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"scale must be a number or (s_y, s_x), not {scale!r}") from None
+    for value in (s_y, s_x):
+        if not 0 < value <= MAX_SCALE:  # NaN is not either
+            raise InputError(f"scale must be positive and at most {MAX_SCALE:,}, not {value}")
+    return s_y, s_x
+
+
+def check_size(size: Any) -> tuple[int, int]:
+    """A pair of whole numbers (H, W) as a pair of int; InputError unless from 1 to 2^31 - 1."""
+    try:
+        if isinstance(size, str) or any(isinstance(value, bool) for value in size):
+            raise TypeError
+        height, width = (operator.index(value) for value in size)
+    except (TypeError, ValueError):
+        raise InputError(f"size must be two whole numbers (H, W), not {size!r}") from None
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise InputError(f"size must be positive, and below 2^31 a side, not {(height, width)}")
+    return height, width

@@ -29,13 +29,18 @@ def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
             of the Gumbel-softmax distribution at temperature 1 from PyTorch's global generator.
         hard: round a Gumbel sample to one-hot (straight-through gradient).
 
+    Raises:
+        InputError: another kind.
+
     Source: GaussianSR (AAAI 2025), section 3.2; argmax is the mode of the Gumbel distribution.
     """
     if kind == "argmax":
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1)
     if kind == "softmax":
         return logits.softmax(1)
-    return F.gumbel_softmax(logits, tau=1, hard=hard, dim=1)
+    if kind == "gumbel":
+        return F.gumbel_softmax(logits, tau=1, hard=hard, dim=1)
+    raise InputError(f"the assignment must be argmax, softmax or gumbel, not {kind!r}")
 
 
 class GaussianBank(nn.Module):
@@ -46,16 +51,11 @@ class GaussianBank(nn.Module):
 
     Args:
         points: N, a square number.
-
-    Raises:
-        InputError: `points` is not a square number.
     """
 
     def __init__(self, points: int):
         super().__init__()
-        side = math.isqrt(max(points, 0))
-        if side < 1 or side * side != points:
-            raise InputError(f"bank.points must be a square number such as 100, not {points}")
+        side = math.isqrt(points)
         sigma_x, sigma_y, opacity = self._start(side)
         self.sigma_x = nn.Parameter(sigma_x.repeat_interleave(side))
         self.sigma_y = nn.Parameter(sigma_y.repeat(side))
@@ -120,9 +120,6 @@ class BankHead(nn.Module):
     Args:
         config: the model's.
         bank: the Gaussians to choose from.
-
-    Raises:
-        InputError: `bank.channels` leaves no feature channel, or none to splat.
     """
 
     halo = 1  # the classifier
@@ -130,11 +127,6 @@ class BankHead(nn.Module):
     def __init__(self, config: ModelConfig, bank: GaussianBank):
         super().__init__()
         n_feats, self.config = config.encoder.n_feats, config.bank
-        if not 0 < self.config.channels < n_feats:
-            raise InputError(
-                f"bank.channels must be from 1 to {n_feats - 1} (encoder.n_feats - 1), "
-                f"not {self.config.channels}"
-            )
         self.classifier = nn.Conv2d(n_feats, self.config.points, 3, padding=1)
         self.bank = bank
         self.decoder = FourierDecoder(n_feats, config.decoder)

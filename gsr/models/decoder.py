@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
-from gsr.errors import InputError
-from gsr.resize import _cubic
+from gsr.resize import cubic
 
 STRIP = 2**14  # HR pixels decoded at a time: 32 MB of waves
 
@@ -47,21 +46,12 @@ class FourierDecoder(nn.Module):
         in_channels: C.
         config: widths.
 
-    Raises:
-        InputError: `hidden_dim` is odd or not positive, or a width of the MLP is.
-
     Source: GaussianSR (AAAI 2025), section 3.4, after LTE (CVPR 2022), section 3.
     """
 
     def __init__(self, in_channels: int, config: DecoderConfig):
         super().__init__()
         d = config.hidden_dim
-        if d < 2 or d % 2:
-            raise InputError(f"decoder.hidden_dim must be even and at least 2, not {d}")
-        if not all(width > 0 for width in config.hidden_list):
-            raise InputError(
-                f"decoder.hidden_list must hold widths of at least 1, not {config.hidden_list}"
-            )
         self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
         self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
         self.phase = nn.Linear(2, d // 2, bias=False)
@@ -82,6 +72,7 @@ class FourierDecoder(nn.Module):
         """Decode HR row by row: [B, 3, H, W], or only `rows` of it."""
         first, last = rows or (0, size[0])
         weight, bias = self._merged()
+        cell = _cell(weight, lr_size, size)
         ry, rx = (
             relative(pixel_centres(n_hr, weight.device), n).to(weight.dtype)
             for n, n_hr in zip(lr_size, size, strict=True)
@@ -98,9 +89,7 @@ class FourierDecoder(nn.Module):
             waves = F.conv2d(
                 features.contiguous(memory_format=torch.channels_last), weight, bias, padding=(0, 1)
             )
-            rgb = self._rgb(
-                waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], lr_size, size
-            )
+            rgb = self.rgb(waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], cell)
             out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
         return out
 
@@ -132,7 +121,7 @@ class FourierDecoder(nn.Module):
             around = neighbours(*index).flatten(2)
             waves = F.linear(around, weight, bias)
             ry, rx = (r.to(waves.dtype) for r in away)
-            parts.append(self._rgb(waves, ry, rx, lr_size, size))
+            parts.append(self.rgb(waves, ry, rx, _cell(waves, lr_size, size)))
         return torch.cat(parts, dim=1)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
@@ -142,13 +131,17 @@ class FourierDecoder(nn.Module):
             both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
         return both[0], both[1]
 
-    def _rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, lr_size, size) -> Tensor:
-        """[..., 2 D] and the relative coordinate [..., 1] twice to [..., 3]."""
+    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor) -> Tensor:
+        """[..., 2 D], relative coordinate [..., 1] twice, relative cell [2] to [..., 3]."""
         d = self.coef.out_channels
         coef, fy, fx = waves.split([d, d // 2, d // 2], dim=-1)
-        cell = waves.new_tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)])
         phase = math.pi * (fy * ry + fx * rx + self.phase(cell))
         return self.layers(coef * torch.cat([phase.cos(), phase.sin()], dim=-1)) * 0.5 + 0.5
+
+
+def _cell(like: Tensor, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Side of an HR pixel in LR half pixels, (y, x): [2]."""
+    return like.new_tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)])
 
 
 def bicubic_neighbours(x: Tensor, size: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
@@ -185,5 +178,5 @@ def _taps(position: Tensor, n: int, n_hr: int) -> tuple[Tensor, Tensor]:
     """LR indices [..., m] that three positions [..., 3] need between them; weights [..., 3, m]."""
     first = torch.floor(position[..., :1]).long() - 1
     index = first + torch.arange(4 + math.ceil(2 * n / n_hr), device=position.device)
-    weight = _cubic((position[..., None] - index[..., None, :]).abs().clamp(max=2))
+    weight = cubic((position[..., None] - index[..., None, :]).abs().clamp(max=2))
     return index.clamp(0, n - 1), weight

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gsr.config import ModelConfig
-from gsr.errors import InputError
 from gsr.models.bank import BankEncoded, BankHead, BoundedBank, pick
 from gsr.ops import splat, splat_at
 
@@ -22,17 +21,11 @@ class FieldHead(BankHead):
     """Head of `field`.
 
     Args:
-        config: `encoder.n_feats`, `bank` and `decoder` are used; `bank.window` is odd.
-
-    Raises:
-        InputError: `bank` or `decoder` has a value out of range.
+        config: `encoder.n_feats`, `bank` and `decoder` are used.
     """
 
     def __init__(self, config: ModelConfig):
-        window = config.bank.window
-        if window < 3 or window % 2 == 0:
-            raise InputError(f"bank.window must be odd and at least 3 in field mode, not {window}")
-        self.radius = window // 2
+        self.radius = config.bank.window // 2
         super().__init__(config, BoundedBank(config.bank.points, self.radius))
 
     def splat_rows(self, encoded: BankEncoded, size, scale):

@@ -15,7 +15,8 @@ from torch import Tensor
 from gsr.config import ModelConfig
 from gsr.errors import InputError
 from gsr.models.bank import BankEncoded, BankHead, GaussianBank, pick
-from gsr.resize import _cubic, bicubic
+from gsr.ops import splat_windows
+from gsr.resize import bicubic, cubic
 
 
 def whole_windows(x: Tensor, window: int) -> Tensor:
@@ -39,30 +40,20 @@ def window_side(scale: tuple[float, float], window: int, taps: int) -> tuple[int
     return side
 
 
-def window_weights(
-    gaussians: Tensor, scale: tuple[float, float], window: int = 7, taps: int = 5
-) -> Tensor:
-    """Weights of the shared Gaussians at every HR pixel of a window.
+def window_kernels(gaussians: Tensor, window: int = 7, taps: int = 5) -> Tensor:
+    """The Gaussians that all windows share, sampled: [window^2, taps, taps], opacity included.
 
-    Each Gaussian is sampled at taps x taps points of [-5, 5]^2, placed one HR pixel apart around
-    its position, and interpolated bilinearly in between.
+    Each is sampled at taps x taps points of [-5, 5]^2 and divided by its largest sample; the
+    samples stand one HR pixel apart.
 
     Args:
         gaussians: [B, 4, h, w] (sigma down the rows, sigma along the columns, opacity, rho), h and
             w multiples of `window`; averaged over images and windows here.
-        scale: (s_y, s_x).
         window: side of a window, LR pixels.
         taps: side of a kernel, HR pixels.
 
-    Returns:
-        [k_y, k_x, window^2] with k = round(window s), opacity included.
-
-    Raises:
-        InputError: k_y or k_x is below `taps`.
-
-    Source: the published code (not the paper), where these are `kernel_size` 5 and 7 x 7 windows.
+    Source: the published code (not the paper), where these are 7 x 7 windows and `kernel_size` 5.
     """
-    side = window_side(scale, window, taps)
     b, p, h, w = gaussians.shape
     cut = gaussians.reshape(b, p, h // window, window, w // window, window)
     mean = cut.mean(dim=(0, 2, 4)).flatten(1)
@@ -71,66 +62,50 @@ def window_weights(
     u = torch.linspace(-5, 5, taps, device=gaussians.device, dtype=gaussians.dtype)
     v, u = u[None, :], u[:, None]  # columns, rows
     xx, yy, xy = sigma_x**2 + 1e-5, sigma_y**2 + 1e-5, rho * sigma_x * sigma_y
-    power = (
-        -0.5 * (yy * u**2 - 2 * xy * u * v + xx * v**2) / (xx * yy - xy**2)
-    )  # [window^2, taps, taps]
+    power = -0.5 * (yy * u**2 - 2 * xy * u * v + xx * v**2) / (xx * yy - xy**2)
     # Largest tap 1. Subtracted before exp, nothing overflows where |rho| > 1 makes it a saddle.
-    kernel = opacity * torch.exp(power - power.amax(dim=(1, 2), keepdim=True))
-
-    down, along = (_placement(k, window, taps, gaussians) for k in side)
-    kernel = kernel.view(window, window, taps, taps)
-    return torch.einsum("yxab,yai,xbj->ijyx", kernel, down, along).flatten(2)
-
-
-def _placement(k: int, window: int, taps: int, like: Tensor) -> Tensor:
-    """Share of tap a, of the Gaussian at a position, in HR pixel i: [window, taps, k]."""
-    i, a, y = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (k, taps, window))
-    shift = (1 - 2 * y / window) * (k - 1) / 2 - (k - taps) // 2
-    return (1 - (i + shift[:, None, None] - a[:, None]).abs()).clamp(min=0)
+    return opacity * torch.exp(power - power.amax(dim=(1, 2), keepdim=True))
 
 
 def shared_splat(
-    features: Tensor, weights: Tensor, size: tuple[int, int], rows: tuple[int, int] | None = None
+    features: Tensor,
+    kernels: Tensor,
+    side: tuple[int, int],
+    size: tuple[int, int],
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """Splat windows of features with the kernels they share, and resize the result to `size`.
 
     Args:
         features: [B, c, h, w], h and w multiples of the window's side.
-        weights: [k_y, k_x, n], from `window_weights`.
+        kernels: [window^2, taps, taps], from `window_kernels`.
+        side: (k_y, k_x), HR pixels of a window.
         size: (H, W).
-        rows: only the rows rows[0] to rows[1], at the cost of those rows.
+        rows: only the rows rows[0] to rows[1], at the cost of the windows that they touch.
 
     Returns:
         [B, c, H, W], or [B, c, rows[1] - rows[0], W].
 
     Source: the published code; window seams and holes between kernels at large scales belong to it.
     """
-    b, c, h, w = features.shape
-    ky, kx, n = weights.shape
-    window = math.isqrt(n)
+    window = math.isqrt(len(kernels))
     first, last = rows or (0, size[0])
-    tall = h // window * ky  # height of all windows, HR pixels
+    tall = features.shape[2] // window * side[0]  # height of all windows, HR pixels
     # Source rows from the first tap of the first row to the last tap of the last row.
     low = max(0, math.floor((first + 0.5) * tall / size[0] - 0.5) - 1)
     high = min(tall, math.floor((last - 0.5) * tall / size[0] - 0.5) + 3)
-    windows = features.reshape(b, c, h // window, window, w // window, window)
-    bands = []
-    for row in range(low // ky, (high - 1) // ky + 1):  # of windows
-        part = weights[max(0, low - row * ky) : high - row * ky]
-        cut = windows[:, :, row].permute(2, 4, 0, 1, 3).reshape(n, -1)
-        out = (part.reshape(-1, n) @ cut).view(-1, kx, b, c, w // window)
-        bands.append(out.permute(2, 3, 0, 4, 1).reshape(b, c, len(part), -1))
-    band = torch.cat(bands, dim=2).clamp(0, 1)  # [B, c, high - low, k_x n_c]
+    top, end = low // side[0], (high - 1) // side[0] + 1  # rows of windows
+    band = splat_windows(features[:, :, top * window : end * window], kernels, side)
 
-    # `bicubic` with rows, for a source of which only the rows from `low` on exist.
+    # `bicubic` with rows, for a source of which only the rows of `band` exist.
     y = (torch.arange(first, last, device=features.device, dtype=torch.float64) + 0.5) * tall
     y = y / size[0] - 0.5
     tap = torch.floor(y)
     t = (y - tap).to(band.dtype)
     resized = 0
     for step in range(-1, 3):
-        row = (tap.long() + step).clamp(0, tall - 1) - low
-        resized = resized + band.index_select(2, row) * _cubic((t - step).abs())[:, None]
+        row = (tap.long() + step).clamp(0, tall - 1) - top * side[0]
+        resized = resized + band.index_select(2, row) * cubic((t - step).abs())[:, None]
     return bicubic(resized, (last - first, size[1]))
 
 
@@ -139,26 +114,18 @@ class OfficialHead(BankHead):
 
     Args:
         config: `encoder.n_feats`, `bank` and `decoder` are used.
-
-    Raises:
-        InputError: `bank` or `decoder` has a value out of range.
     """
 
     def __init__(self, config: ModelConfig):
-        bank = config.bank
-        if bank.window < 1 or bank.kernel_size < 2:
-            raise InputError(
-                "bank.window must be at least 1 and bank.kernel_size at least 2 in official mode, "
-                f"not {bank.window} and {bank.kernel_size}"
-            )
-        super().__init__(config, GaussianBank(bank.points))
+        super().__init__(config, GaussianBank(config.bank.points))
 
     def splat_rows(self, encoded: BankEncoded, size, scale):
         c = self.config
         features = whole_windows(encoded.features[:, : c.channels], c.window)
         gaussians = whole_windows(encoded.gaussians, c.window)
-        weights = window_weights(gaussians, scale, c.window, c.kernel_size)
-        return lambda first, last: shared_splat(features, weights, size, (first, last))
+        kernels = window_kernels(gaussians, c.window, c.kernel_size)
+        side = window_side(scale, c.window, c.kernel_size)
+        return lambda first, last: shared_splat(features, kernels, side, size, (first, last))
 
     def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
         # 392 multiply-adds an HR pixel, as much as the decoder at one pixel in 1400.

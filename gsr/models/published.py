@@ -6,7 +6,8 @@ and taken only if it is exactly what is expected: a model that loads renders the
 
 from __future__ import annotations
 
-import math
+import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
+from gsr.checkpoint import assemble
+from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig, check
 from gsr.errors import InputError
 from gsr.models import GaussianSR
 
@@ -77,36 +79,15 @@ def load_published(path: str | PathLike) -> GaussianSR:
         raise InputError(f"{path}: model.sd is not a dictionary of tensors: download it again")
     state = {k: v for k, v in state.items() if k not in UNUSED}
     config = _config(path, args, state)
-
     try:
-        with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
-            model = GaussianSR(config)
+        config = check(config)
     except InputError as error:
-        raise InputError(f"{path} does not describe a valid model: {error}") from None
-    renamed = {_rename(k): k for k in state}
-    want = model.state_dict()
-    faults = [f"{old} is unknown" for new, old in renamed.items() if new not in want]
-    faults += [f"{_rename_back(new)} is missing" for new in want if new not in renamed]
-    for new, tensor in want.items():
-        given = state.get(renamed.get(new))
-        if given is None:
-            continue
-        old = renamed[new]
-        if given.shape != tensor.shape:
-            faults.append(f"{old} is {list(given.shape)} instead of {list(tensor.shape)}")
-        elif given.layout != torch.strided or not given.is_floating_point():
-            faults.append(f"{old} is not a dense tensor of floating-point numbers")
-        elif not given.isfinite().all():
-            faults.append(f"{old} holds infinite or undefined numbers")
-    if faults:
-        more = f", and {len(faults) - 3} more such faults" if len(faults) > 3 else ""
         raise InputError(
-            f"{path} does not fit the published model: {'; '.join(faults[:3])}{more}: give a "
-            "checkpoint of an unchanged published model"
-        )
-    weights = {new: state[old].float().contiguous() for new, old in renamed.items()}
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+            f"{path} does not describe a valid model: {error}: give a checkpoint of an unchanged "
+            "published model"
+        ) from None
+    tensors = {_rename(k): v for k, v in state.items()}
+    return assemble(config, tensors, f"{path} does not fit the published model", _rename_back)
 
 
 def _read(path: Path) -> object:
@@ -118,8 +99,9 @@ def _read(path: Path) -> object:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): give a published .pth file"
         ) from None
+    is_zip = zipfile.is_zipfile(path)
     try:
-        if zipfile.is_zipfile(path):
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not compare the checksums
             if damaged is not None:
@@ -128,7 +110,9 @@ def _read(path: Path) -> object:
             warnings.simplefilter("ignore")  # about formats that are refused below anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        if "GLOBAL" in str(error) or "TorchScript" in str(error):
+        # A damaged file may look like a refused one, unless what is around it is known to be whole.
+        whole = isinstance(error, pickle.UnpicklingError) and (is_zip or _is_pickle(path))
+        if whole or "GLOBAL" in str(error) or "TorchScript" in str(error):
             raise InputError(
                 f"{path} holds Python code or objects beyond plain data, which is never loaded: "
                 "give a checkpoint that torch.load(..., weights_only=True) can read"
@@ -136,6 +120,17 @@ def _read(path: Path) -> object:
         raise InputError(
             f"{path} is truncated, damaged or not a PyTorch file: download or copy it again"
         ) from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is one pickle from beginning to end, whatever it holds; runs none of it."""
+    with open(path, "rb") as file:
+        try:
+            for _ in pickletools.genops(file):
+                pass
+        except Exception:  # where it is no pickle, anything
+            return False
+        return not file.read(1)
 
 
 def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
@@ -193,8 +188,8 @@ def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
     agree("num_points", args["num_points"], points)
     kernel, window = args["kernel_size"], args["unfold_row"]
     for key, value in (("kernel_size", kernel), ("unfold_row", window)):
-        if type(value) is not int or not 2 <= value <= 99:
-            refuse(key, value, "a whole number from 2 to 99")
+        if type(value) is not int:
+            refuse(key, value, "a whole number")
     agree("unfold_column", args["unfold_column"], window)
 
     spec = section(args["encoder_spec"], "encoder_spec", {"name": None, "args": {}})
@@ -217,8 +212,8 @@ def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
     agree("encoder_spec.args.n_feats", encoder["n_feats"], feats)
     agree("encoder_spec.args.no_upsampling", encoder["no_upsampling"], True)
     res_scale = encoder["res_scale"]
-    if type(res_scale) not in (int, float) or not math.isfinite(res_scale):
-        refuse("encoder_spec.args.res_scale", res_scale, "a finite number")
+    if type(res_scale) not in (int, float):
+        refuse("encoder_spec.args.res_scale", res_scale, "a number")
 
     spec = section(args["dec_spec"], "dec_spec", {"name": None, "args": {}})
     agree("dec_spec.name", spec["name"], "mlp")
@@ -231,7 +226,7 @@ def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
 
     return ModelConfig(
         mode="official",
-        encoder=EncoderConfig(n_feats=feats, n_blocks=blocks, res_scale=float(res_scale)),
+        encoder=EncoderConfig(n_feats=feats, n_blocks=blocks, res_scale=res_scale),
         bank=BankConfig(points=points, window=window, kernel_size=kernel),
         decoder=DecoderConfig(hidden_dim=hidden, hidden_list=widths),
     )
@@ -256,4 +251,4 @@ def _rename_back(name: str) -> str:
     for old, new in NAMES.items():
         if name.startswith(new):
             return old + name[len(new) :]
-    return name
+    return name.removeprefix("? ")

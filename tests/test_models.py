@@ -1,0 +1,58 @@
+"""What the three modes share: which pictures, sizes and scales a model takes."""
+
+import numpy as np
+import pytest
+import torch
+
+from gsr.errors import InputError
+from gsr.models import resolve_size
+
+
+@pytest.mark.parametrize(
+    "lr",
+    [
+        torch.rand(3, 8, 8),
+        torch.rand(1, 1, 8, 8),
+        torch.rand(1, 3, 0, 8),
+        torch.rand(8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+    ],
+    ids=lambda lr: f"{lr.dtype} {list(lr.shape)}",
+)
+def test_other_tensors_are_refused(tiny_model, lr):
+    for call in (tiny_model.encode, lambda lr: tiny_model(lr, scale=2)):
+        with pytest.raises(InputError) as caught:
+            call(lr)
+        assert str(caught.value).endswith(f"[0, 1], not {lr.dtype} {list(lr.shape)}")
+
+
+def test_resolve_size():
+    assert resolve_size((12, 17), scale=2) == ((24, 34), (2.0, 2.0))
+    assert resolve_size((12, 17), scale=torch.tensor([1.5, 2])) == ((18, 34), (1.5, 2.0))
+    assert resolve_size((12, 17), size=torch.Size([24, 17])) == ((24, 17), (2.0, 1.0))
+    size, scale = resolve_size((12, 17), np.array([25, 34]), scale=2.1)
+    assert size == (25, 34) and scale == (2.1, 2.1) and type(size[0]) is int
+
+
+@pytest.mark.parametrize(
+    "size, scale, sentence",
+    [
+        (None, None, "give size=(H, W) or scale"),
+        (24, None, "two whole numbers"),
+        ((24,), None, "two whole numbers"),
+        ((24, 34, 3), None, "two whole numbers"),
+        ((24.0, 34), None, "two whole numbers"),
+        ("24", None, "two whole numbers"),
+        ((0, 34), None, "positive"),
+        ((2**31, 34), None, "below 2^31"),
+        (None, 0.01, "positive"),  # no pixel left
+        (None, 1e308, "positive and at most 1,000,000"),
+        (None, float("nan"), "positive and at most 1,000,000"),
+        ((24, 34), -1, "positive and at most 1,000,000"),
+        ((24, 34), (1, 2, 3), "a number or (s_y, s_x)"),
+    ],
+)
+def test_sizes_that_are_refused(size, scale, sentence):
+    with pytest.raises(InputError) as caught:
+        resolve_size((12, 17), size, scale)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)

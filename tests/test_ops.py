@@ -1,0 +1,156 @@
+"""The operators as PyTorch sees them: schema, fake, autograd, compile, export. On the CPU."""
+
+import pytest
+import torch
+
+from gsr import reference
+from gsr.ops import splat, splat_at, splat_windows
+
+
+def inputs(b=2, k=2, c=3, h=5, w=4, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(b, k, *shape, h, w, generator=g, dtype=dtype)
+
+    tensors = [rand(c) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.6 - 0.8, rand() + 0.1]
+    points = torch.rand(b, 7, 2, generator=g, dtype=dtype) * 6 - 1
+    return [t.requires_grad_() for t in tensors], (rand(2) - 0.5).requires_grad_(), points
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_opcheck(with_offset, normalize):
+    tensors, offset, points = inputs()
+    offset = offset if with_offset else None
+    grid = ((9, 7), (2, 8), 1, normalize, 0.01)
+    torch.library.opcheck(torch.ops.gsr.splat.default, (*tensors, offset, *grid))
+    torch.library.opcheck(
+        torch.ops.gsr.splat_at.default, (*tensors, offset, points, 1, normalize, 0.01)
+    )
+    plain = [t.detach() for t in tensors]
+    plain_offset = offset.detach() if with_offset else None
+    torch.library.opcheck(
+        torch.ops.gsr.splat_backward.default,
+        (torch.randn(2, 3, 6, 7, dtype=torch.float64), *plain, plain_offset, *grid),
+    )
+    torch.library.opcheck(
+        torch.ops.gsr.splat_at_backward.default,
+        (torch.randn(2, 7, 3, dtype=torch.float64), *plain, plain_offset, points, 1, True, 0.01),
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck(normalize):
+    tensors, offset, points = inputs(b=1, h=3, w=3)
+
+    def grid(*t):
+        return splat(*t[:4], (4, 5), t[4], radius=1, normalize=normalize, eps=0.01)
+
+    def at(*t):
+        return splat_at(*t[:4], points, t[4], radius=1, normalize=normalize, eps=0.01)
+
+    assert torch.autograd.gradcheck(grid, (*tensors, offset))
+    assert torch.autograd.gradcheck(at, (*tensors, offset))
+
+
+def windows_inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    features = torch.rand(2, 3, 6, 4, generator=g, dtype=dtype) * 3 - 1  # some beyond the clamp
+    kernels = torch.rand(4, 3, 3, generator=g, dtype=dtype)
+    return features.requires_grad_(), kernels.requires_grad_()
+
+
+def test_windows_opcheck_and_gradcheck():
+    features, kernels = windows_inputs()
+    side = (4, 3)
+    out = splat_windows(features, kernels, side)
+    assert out.shape == (2, 3, 12, 6)
+    assert (out == 0).any() and (out == 1).any() and ((out > 0) & (out < 1)).any()
+    torch.testing.assert_close(out, reference.splat_windows(features, kernels, side))
+    torch.library.opcheck(torch.ops.gsr.splat_windows.default, (features, kernels, side))
+    torch.library.opcheck(
+        torch.ops.gsr.splat_windows_backward.default,
+        (torch.randn_like(out), features.detach(), kernels.detach(), side),
+    )
+    assert torch.autograd.gradcheck(
+        lambda f, k: splat_windows(f, k, side), (features, kernels), eps=1e-7
+    )
+
+
+def test_windows_refuse():
+    features, kernels = windows_inputs()
+    with pytest.raises(ValueError, match="multiples of 2"):
+        splat_windows(features[..., :3], kernels, (4, 4))
+    with pytest.raises(ValueError, match="side must be at least 3"):
+        splat_windows(features, kernels, (2, 4))
+    with pytest.raises(ValueError, match="kernels must be"):
+        splat_windows(features, kernels[:3], (4, 4))
+
+
+def test_expanded_gradients():
+    """`.sum()` sends back a gradient whose strides are zero."""
+    tensors, offset, points = inputs(dtype=torch.float32)
+    for run, oracle in ((splat, reference.splat), (splat_at, reference.splat_at)):
+        where = (9, 7) if run is splat else points
+        ours = torch.autograd.grad(run(*tensors, where, offset, radius=1).sum(), tensors)
+        theirs = torch.autograd.grad(oracle(*tensors, where, offset, radius=1).sum(), tensors)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=0)
+
+
+def test_views_are_welcome():
+    """Transposed, expanded and sliced inputs give what their copies give."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.rand(2, 4, 6, 3, 2, generator=g).permute(0, 4, 3, 1, 2)  # [2, 2, 3, 4, 6]
+    sigma = torch.rand(1, 2, 2, 4, 12, generator=g)[..., ::2].expand(2, -1, -1, -1, -1) + 0.2
+    rho = torch.zeros(1).expand(2, 2, 4, 6)
+    opacity = torch.rand(2, 2, 6, 4, generator=g).mT
+    views = [values, sigma, rho, opacity]
+    copies = [t.clone(memory_format=torch.contiguous_format) for t in views]
+    torch.testing.assert_close(
+        splat(*views, (9, 7), radius=1), splat(*copies, (9, 7), radius=1), atol=0, rtol=0
+    )
+
+
+@pytest.mark.slow
+def test_compile_whole_graph_with_dynamic_sizes():
+    tensors, offset, _ = inputs(dtype=torch.float32)
+    compiled = torch.compile(
+        lambda *t, size: splat(*t[:4], size, t[4], radius=1) * 2, fullgraph=True, dynamic=True
+    )
+    for size in [(9, 7), (20, 33), (11, 12)]:
+        ours = compiled(*tensors, offset, size=size)
+        theirs = reference.splat(*tensors, size, offset, radius=1) * 2
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        a = torch.autograd.grad(ours.square().sum(), [*tensors, offset])
+        b = torch.autograd.grad(theirs.square().sum(), [*tensors, offset])
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4 * y.abs().max().item(), rtol=0)
+
+
+@pytest.mark.slow
+def test_export():
+    tensors, offset, _ = inputs(dtype=torch.float32)
+
+    class Net(torch.nn.Module):
+        def forward(self, *t):
+            return splat(*t[:4], (9, 7), t[4], radius=1)
+
+    program = torch.export.export(Net(), (*tensors, offset))
+    assert any("gsr.splat" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(
+        program.module()(*tensors, offset), splat(*tensors, (9, 7), offset, radius=1)
+    )
+
+
+def test_types_and_devices_must_agree():
+    tensors, offset, points = inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="rho must be torch.float32"):
+        splat(tensors[0], tensors[1], tensors[2].double(), tensors[3], (9, 7))
+    with pytest.raises(ValueError, match="rows"):
+        splat(*tensors, (9, 7), rows=(4, 10))
+    with pytest.raises(ValueError, match="points must be float32 or float64"):
+        splat_at(*tensors, points.long())
+    with pytest.raises(ValueError, match="floating"):
+        splat(*[t.detach().long() for t in tensors], (9, 7))
