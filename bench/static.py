@@ -1,0 +1,618 @@
+"""What the compiler says of every kernel as shipped, on four architectures, without a GPU.
+
+    python -m bench static                                    # everything; minutes, then cached
+    python -m bench static --arch sm_90 --output static.json
+
+Registers, spills, shared memory and the instructions of a loop are facts about the machine code.
+The times are a model, not a measurement: warp instructions counted in that code, times how often
+each of them runs, over the published peak rates of the chip. Nothing here ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bench import cost, schema
+from bench.cost import Shape
+from gsr.errors import InputError
+from gsr.kernels import configs, splat
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+# ---- what is shipped ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way in which the models call the operator."""
+
+    name: str
+    K: int
+    C: int
+    R: int
+    offset: bool
+
+    def constants(self) -> dict:
+        return {
+            "K": self.K, "C": self.C, "CP": triton.next_power_of_2(self.C), "R": self.R,
+            "NORMALIZE": True, "HAS_OFFSET": self.offset,
+        }  # fmt: skip
+
+
+USES = [
+    Use("direct", K=4, C=3, R=1, offset=True),
+    Use("direct5", K=4, C=3, R=2, offset=True),
+    Use("field", K=1, C=8, R=3, offset=False),
+]
+CELLS = range(1, 10)  # HR pixels of a cell along an axis; beyond the last bucket nothing changes
+
+
+def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
+    """(kernel, constants, num_warps) of every configuration that kernels/configs.py gives `USES`.
+
+    `arch` names one of `TARGETS`; None is what any architecture gets.
+    """
+    found = {}
+
+    def add(name, use, config, **more):
+        config = dict(config)
+        warps = config.pop("num_warps")
+        constants = {**use.constants(), **config, **more}
+        found[name, warps, tuple(sorted(constants.items()))] = (name, constants, warps)
+
+    for a in TARGETS if arch is None else [arch]:
+        for use in USES:
+            for cy in CELLS:
+                for cx in CELLS:
+                    for prepare, kind in enumerate(("forward", "prepare")):
+                        config = configs.choose_splat(kind, a, cy, cx, use.C)
+                        add("splat_forward", use, config, PREPARE=bool(prepare))
+                    config = configs.choose_splat("backward", a, cy, cx, use.C)
+                    add("splat_backward", use, config)
+            for prepare in (False, True):
+                config = configs.choose_points("forward", a)
+                add("points_forward", use, config, PREPARE=prepare)
+            add("points_backward", use, configs.choose_points("backward", a))
+    return list(found.values())
+
+
+# ---- compiling ----------------------------------------------------------------------------------
+
+FLOAT_POINTERS = (
+    "values sigma rho opacity offset grad out d_values d_sigma d_rho d_opacity d_offset".split()
+)
+
+
+def compile_kernel(name: str, constants: dict, target, num_warps: int, values: str = "fp32"):
+    """Triton's compiled kernel `name` of kernels/splat.py.
+
+    Args:
+        constants: its constexpr arguments.
+        target: a GPUTarget or a name from `TARGETS`.
+        values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16".
+    """
+    kernel = getattr(splat, name)
+    pointers = dict.fromkeys(FLOAT_POINTERS, f"*{values}")
+    pointers |= {"points": "*fp64", "order": "*i64", "start": "*i64"}
+    # The gradients are float32 whatever the storage type.
+    pointers |= {n: "*fp32" for n in FLOAT_POINTERS if n.startswith("d_")}
+    if constants.get("PREPARE"):
+        pointers["out"] = "*fp32"
+    if "backward" in name:
+        pointers["grad"] = "*fp32"
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in pointers:
+            signature[argument] = pointers[argument]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument == "eps" else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = TARGETS[target] if isinstance(target, str) else target
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """One of the NVIDIA tools that come with Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _on_cubin(compiled, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        return _tool("cuobjdump", *options, str(path))
+
+
+def resources(compiled) -> dict:
+    """What a compiled kernel takes: registers (a thread), stack, spills and shared memory (bytes).
+
+    NVIDIA's compiler shows spills as stack, so `spills` repeats it there; on AMD `spills` counts
+    registers and `stack` is the private segment.
+    """
+    shared = compiled.metadata.shared
+    if "cubin" in compiled.asm:
+        text = _on_cubin(compiled, "--dump-resource-usage")
+        usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        stack = usage["STACK"] + usage["LOCAL"]
+        return {"registers": usage["REG"], "stack": stack, "spills": stack, "shared": shared}
+    text = compiled.asm["amdgcn"]
+
+    def count(key):
+        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+
+    return {
+        "registers": count("vgpr_count"),
+        "stack": count("private_segment_fixed_size"),
+        "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
+        "shared": shared,
+        "scalar_registers": count("sgpr_count"),
+        "accumulation_registers": count("agpr_count"),
+    }
+
+
+# ---- machine code -------------------------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """A loop of the SASS: its own instructions by opcode, and the loops directly inside it."""
+
+    mix: Counter
+    inner: list[Loop]
+
+
+def disassemble(compiled) -> Loop:
+    """A CUDA kernel as a nest of loops, the outermost "loop" being the kernel itself.
+
+    A call counts as the subroutine's instructions (64-bit division, as a rule). Where a branch
+    decides between such a call and something shorter, as it does for divisions of small numbers,
+    the call is left out.
+    """
+    lines = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);",
+        _on_cubin(compiled, "--dump-sass"),
+    )
+    code = [(int(at, 16), bool(predicate), op, rest) for at, predicate, op, rest in lines]
+    index = {at: i for i, (at, *_) in enumerate(code)}
+
+    def goal(i):
+        found = re.search(r"(0x[0-9a-f]+)\s*$", code[i][3])
+        return index.get(int(found[1], 16)) if found else None
+
+    def subroutine(i):
+        """What a call at i runs; None if it never returns, which is how some jumps are spelt."""
+        body = Counter()
+        for _, predicate, op, _ in code[goal(i) :]:
+            body[_short(op)] += 1
+            if op == "EXIT":
+                return None
+            if op.startswith("RET") and not predicate:
+                return body
+
+    called = {i: subroutine(i) for i, (_, _, op, _) in enumerate(code) if op.startswith("CALL")}
+    follow = {}
+    for i, (_, predicate, op, rest) in enumerate(code):
+        predicate = predicate or "P" in rest.split("0x")[0]  # BRA.U UP0, 0x120
+        jump = op.startswith("BRA") or i in called and called[i] is None
+        after = [goal(i)] if jump and goal(i) is not None else []
+        if i + 1 < len(code) and (predicate or not (jump or op == "EXIT" or op.startswith("RET"))):
+            after.append(i + 1)
+        follow[i] = after
+    starts = {0} | {j for i, a in follow.items() for j in a if a != [i + 1]}
+    starts |= {i + 1 for i, a in follow.items() if a != [i + 1] and i + 1 < len(code)}
+    starts = sorted(starts)
+    blocks = {s: range(s, e) for s, e in zip(starts, [*starts[1:], len(code)], strict=True)}
+    after = {s: follow[b[-1]] for s, b in blocks.items()}
+    before = {s: [p for p in blocks if s in after[p]] for s in blocks}
+
+    seen, todo = {0}, [0]
+    while todo:
+        for s in after[todo.pop()]:
+            if s not in seen:
+                seen.add(s)
+                todo.append(s)
+    dominators = {s: set(seen) for s in seen}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for s in sorted(seen - {0}):
+            new = {s} | set.intersection(*(dominators[p] for p in before[s] if p in seen))
+            changed |= new != dominators[s]
+            dominators[s] = new
+
+    bodies = {}  # natural loops by header
+    for s in seen:
+        for head in after[s]:
+            if head in dominators[s]:
+                body, todo = {head, s}, [s]
+                while todo:
+                    b = todo.pop()
+                    if b != head:
+                        todo += [p for p in before[b] if p in seen and p not in body]
+                        body |= {p for p in before[b] if p in seen}
+                bodies[head] = bodies.get(head, set()) | body
+
+    def shortcut(s):
+        """Whether a branch chooses between block s, which calls, and one that does not."""
+        if not any(called.get(i) for i in blocks[s]) or len(before[s]) != 1 or len(after[s]) != 1:
+            return False
+        other = [t for t in after[before[s][0]] if t != s]
+        return len(other) == 1 and after[s] in (other, after[other[0]])
+
+    def mix(parts):
+        total = Counter()
+        for s in parts:
+            if not shortcut(s):
+                for i in blocks[s]:
+                    total[_short(code[i][2])] += 1
+                    total += called.get(i) or Counter()
+        return total
+
+    def nest(parts, loops):
+        outer = {h: b for h, b in loops.items() if not any(b < c for c in loops.values())}
+        inner = [nest(b, {h: c for h, c in loops.items() if c < b}) for b in outer.values()]
+        return Loop(mix(parts - set().union(*outer.values())), inner)
+
+    return nest(seen, bodies)
+
+
+def _short(op: str) -> str:
+    return op if op.startswith("MUFU") else op.split(".")[0]
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor (NVIDIA) or compute unit (AMD) can hold."""
+
+    warps: int
+    blocks: int
+    registers: int  # of 32 bits, for all lanes of all warps
+    shared: int
+    warp: int = 32
+    step: int = 8  # registers of a thread are given out in steps of
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA
+# guide: 4 SIMDs of 512 registers x 64 lanes and at most 8 waves, 64 KiB of shared memory.
+LIMITS = {
+    "sm_80": Limits(64, 32, 65536, 164 << 10),
+    "sm_90": Limits(64, 32, 65536, 228 << 10),
+    "sm_100": Limits(64, 32, 65536, 228 << 10),
+    "gfx942": Limits(32, 32, 4 * 512 * 64, 64 << 10, warp=64),
+}
+
+
+def occupancy(usage: dict, num_warps: int, arch: str) -> int:
+    """Warps that one multiprocessor holds at a time, from registers and shared memory."""
+    limit = LIMITS[arch]
+    registers = -(-usage["registers"] // limit.step) * limit.step * limit.warp * num_warps
+    blocks = [limit.blocks, limit.warps // num_warps, limit.registers // registers]
+    system = 1024 if arch in ("sm_90", "sm_100", "sm_80") else 0  # bytes of each block
+    if usage["shared"] + system:
+        blocks.append(limit.shared // (usage["shared"] + system))
+    return min(blocks) * num_warps
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peak rates of a GPU."""
+
+    name: str
+    arch: str
+    sms: int
+    clock: float  # Hz
+    bandwidth: float  # bytes / s
+    fp32: float  # warp instructions (32 lanes) a clock and multiprocessor
+
+
+CHIPS = [
+    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s.
+    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0),
+    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s.
+    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0),
+]
+# Others of both, CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": 16
+# lanes of special functions; 32 of load/store; four schedulers with one instruction a clock each.
+MUFU, LOAD, ISSUE = 0.5, 1.0, 4.0
+# Clocks until a load that L2 answers is there: about 260 on both (Luo et al., arXiv 2402.13499).
+LATENCY = 260
+PIPES = {
+    "arithmetic": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "IMAD"),
+    "mufu": ("MUFU",),
+    "load": ("LDG", "STG", "LDS", "STS", "LDSM", "SHFL"),
+}
+
+
+def _per_thread(compiled) -> int:
+    """Exponentials that a thread computes for one Gaussian, from the layout of the exp2."""
+    text = compiled.asm["ttgir"]
+    shape, layout = re.search(r"math\.exp2 .*tensor<([\dx]+)xf32, (#\w+)>", text).groups()
+    size, threads, warps = re.search(
+        layout + r" = #ttg\.blocked<\{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\], "
+        r"warpsPerCTA = \[(.*?)\]",
+        text,
+    ).groups()
+    count = 1
+    parts = (text.split(",") for text in (size, threads, warps))
+    for n, a, b, c in zip(shape.split("x"), *parts, strict=True):
+        a, b, c = int(a), int(b), int(c)
+        count *= a * -(-int(n) // (a * b * c))
+    return count
+
+
+def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -> dict:
+    """Warp instructions of a grid kernel for the picture `s`, all warps together, by pipe.
+
+    "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
+    """
+    cells = -(-s.w // constants["CELLS"])
+    window = 2 * s.R + 1
+    cy, cx = -(-s.H // s.h), -(-s.W // s.w)
+    if name == "splat_forward":
+        blocks = -(-cy // constants["PY"]) * -(-cx // constants["PX"])
+        programs, trips = s.b * s.h * cells * blocks, [window * window, s.K]
+        inside, outside = 1 + (window - 1) / window, cx
+    else:
+        programs = s.b * s.K * s.h * cells
+        trips = [window * s.H / s.h, window, -(-cx // constants["PX"])]
+        inside = outside = cx
+    total = Counter()
+
+    def run(loop, left, times):
+        # A loop of one step, or two made into one, is gone from the code.
+        n = left[0] if loop.inner else math.prod(left)
+        if not loop.inner:
+            n /= max(1, loop.mix["MUFU.EX2"] / _per_thread(compiled))  # unrolled
+        add(loop.mix, times * n, inside)
+        for inner in loop.inner:
+            run(inner, left[1:], times * n)
+
+    def add(mix, times, lines):
+        for op, m in mix.items():
+            total["issue"] += m * times
+            for pipe, ops in PIPES.items():
+                if op.split(".")[0] in ops:
+                    total[pipe] += m * times * (lines if op in ("LDG", "STG") else 1)
+
+    add(code.mix, 1, outside)
+    for loop in code.inner:
+        run(loop, trips, 1)
+    warps = programs * num_warps
+    return {
+        "warps": warps,
+        "steps": math.prod(trips),
+        **{pipe: total[pipe] * warps for pipe in ("issue", *PIPES)},
+    }
+
+
+def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, float]:
+    """Seconds that each limit of `chip` asks for; the kernel takes the longest of them, or more.
+
+    Args:
+        counted: from `count`.
+        moved: bytes to and from memory.
+        resident: warps a multiprocessor, from `occupancy`.
+    """
+    whole = chip.sms * chip.clock
+    # A warp that is alone waits for its loads once a step; others fill that time if there are any.
+    alone = counted["issue"] / counted["warps"] + counted["steps"] * LATENCY
+    return {
+        "memory": moved / chip.bandwidth,
+        "arithmetic": counted["arithmetic"] / whole / chip.fp32,
+        "mufu": counted["mufu"] / whole / MUFU,
+        "load": counted["load"] / whole / LOAD,
+        "issue": counted["issue"] / whole / ISSUE,
+        "latency": counted["warps"] * alone / resident / whole,
+    }
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def _hot(loop: Loop) -> Counter:
+    """The innermost loop that holds the exponential; an empty one if there is none."""
+    for inner in loop.inner:
+        if found := _hot(inner):
+            return found
+    return loop.mix if loop.mix["MUFU.EX2"] else Counter()
+
+
+def _summary(mix: Counter) -> dict[str, int]:
+    """Instructions of a loop by what they do."""
+    fp32 = sum(mix[op] for op in PIPES["arithmetic"] if op != "IMAD")
+    mufu = sum(n for op, n in mix.items() if op.startswith("MUFU"))
+    others = {"LDG": mix["LDG"], "HMMA": mix["HMMA"], "SHFL": mix["SHFL"], "BAR": mix["BAR"]}
+    return {"all": mix.total(), "FP32": fp32, "MUFU": mufu, **others}
+
+
+def _names(kernel: str, constants: dict) -> tuple[Use, str]:
+    use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
+    kind = kernel.replace("splat_", "").replace("points_", "points ")
+    return use, kind.replace("forward", "prepare") if constants.get("PREPARE") else kind
+
+
+def compiled_rows(arch: str) -> list[dict]:
+    """A row for every shipped configuration of one architecture."""
+    rows = []
+    for kernel, constants, warps in shipped(arch):
+        use, kind = _names(kernel, constants)
+        compiled = compile_kernel(kernel, constants, arch, warps)
+        usage = resources(compiled)
+        loop = _summary(_hot(disassemble(compiled))) if "cubin" in compiled.asm else {}
+        config = {n: constants[n] for n in ("PY", "PX", "CELLS", "BLOCK") if n in constants}
+        rows.append(
+            schema.row(
+                f"{use.name} {kind}",
+                arch,
+                {"K": use.K, "C": use.C, "R": use.R},
+                config={**config, "num_warps": warps},
+                resources=usage,
+                loop=loop,
+                occupancy=occupancy(usage, warps, arch),
+            )  # fmt: skip
+        )
+    return rows
+
+
+PICTURE = (1356, 2040)
+SCALE = 4
+
+
+def model_rows() -> list[dict]:
+    """A row for each grid kernel, use and chip: the model's seconds for the x4 picture."""
+    rows = []
+    for chip in CHIPS:
+        for use in USES:
+            s = Shape(
+                use.K, use.C, use.R, PICTURE[0] // SCALE, PICTURE[1] // SCALE, *PICTURE,
+                offset=use.offset,
+            )  # fmt: skip
+            for kind in ("forward", "prepare", "backward"):
+                config = configs.choose_splat(kind, chip.arch, SCALE, SCALE, use.C)
+                rows.append(model_row(chip, use, s, kind, config))
+    return rows
+
+
+def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
+    """The model's row for one grid kernel in one configuration."""
+    kernel = "splat_backward" if kind == "backward" else "splat_forward"
+    constants = {n: v for n, v in config.items() if n != "num_warps"}
+    if kernel == "splat_forward":
+        constants["PREPARE"] = kind == "prepare"
+    constants = {**use.constants(), **constants}
+    compiled = compile_kernel(kernel, constants, chip.arch, config["num_warps"])
+    usage = resources(compiled)
+    resident = occupancy(usage, config["num_warps"], chip.arch)
+    counted = count(kernel, constants, config["num_warps"], disassemble(compiled), compiled, s)
+    moved, operations = {
+        "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
+        # The incoming gradient in, g' and s out instead of the picture.
+        "prepare": (cost.forward_bytes(s) + 4 * s.pixels * (s.C + 1), cost.forward_operations(s)),
+        "backward": (
+            cost.backward_bytes(s) + 4 * s.pixels,
+            cost.backward_operations(s) - cost.forward_operations(s),
+        ),
+    }[kind]
+    return schema.row(
+        f"{use.name} {kind}", f"model {chip.name}",
+        {"K": use.K, "C": use.C, "R": use.R, "LR": [s.h, s.w], "HR": [s.H, s.W]},
+        bytes=moved, operations=operations, config=config, resources=usage, occupancy=resident,
+        model=model(chip, counted, moved, resident),
+    )  # fmt: skip
+
+
+NOTE = (
+    "Registers, spills, shared memory and instructions are the compiler's. The times are a model "
+    "from published peak rates, not a measurement: no GPU was used."
+)
+
+
+def tables(rows: list[dict]) -> str:
+    """The rows as two Markdown tables: what was compiled, and the model."""
+    lines = [
+        "| kernel | target | block | registers | spills | shared | warps "
+        "| loop | FP32 | MUFU | LDG | HMMA | SHFL |",
+        "|---" * 13 + "|",
+    ]
+    for r in rows:
+        if "model" not in r:
+            loop = r["loop"]
+            cells = [
+                r["case"], r["provider"], block_text(r["config"]), r["resources"]["registers"],
+                r["resources"]["spills"], r["resources"]["shared"], r["occupancy"],
+                *(loop.get(n, "") for n in ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    modelled = [r for r in rows if "model" in r]
+    if modelled:
+        names = list(modelled[0]["model"])
+        lines += [
+            "",
+            "| kernel | model | block | " + " | ".join(names) + " | longest |",
+            "|---" * (len(names) + 4) + "|",
+        ]
+        for r in modelled:
+            times = [r["model"][n] * 1e3 for n in names]
+            cells = [r["case"], r["provider"].removeprefix("model "), block_text(r["config"])]
+            cells += [f"{t:.3f}" for t in [*times, max(times)]]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def block_text(config: dict) -> str:
+    """4x2 pixels of 32 cells, 1 warp: "4x2 / 32 / 1"."""
+    lanes = config.get("CELLS", config.get("BLOCK"))
+    pixels = f"{config.get('PY', 1)}x{config['PX']} / " if "PX" in config else ""
+    return f"{pixels}{lanes} / {config['num_warps']}"
+
+
+MARKS = ("<!-- static -->", "<!-- /static -->")
+
+
+def fill(document: Path, rows: list[dict]) -> None:
+    """Put the tables of what the x4 picture uses between the marks of a Markdown file."""
+    used = {(r["case"], str(r["config"])) for r in rows if "model" in r}
+    some = [
+        r for r in rows
+        if "model" in r or "points" in r["case"] or (r["case"], str(r["config"])) in used
+        or r["provider"] in ("sm_100", "gfx942") and _is_scale(r)
+    ]  # fmt: skip
+    text = document.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    text = f"{before}{MARKS[0]}\n{tables(some)}\n{MARKS[1]}{after}"
+    document.write_text(text, encoding="utf-8")
+
+
+def _is_scale(r: dict) -> bool:
+    use, kind = r["case"].split(" ", 1)
+    config = configs.choose_splat(kind, r["provider"], SCALE, SCALE, r["sizes"]["C"])
+    return r["config"] == config
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench static", description=NOTE)
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--no-model", action="store_true", help="only what the compiler says")
+    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser.add_argument(
+        "--document", metavar="FILE", type=Path, help="Markdown file whose tables to make anew"
+    )
+    args = parser.parse_args(argv)
+    if not hasattr(splat.splat_forward, "cache_key"):
+        raise InputError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+    rows = [r for arch in args.arch for r in compiled_rows(arch)]
+    rows += [] if args.no_model else model_rows()
+    print(NOTE, tables(rows), sep="\n\n")
+    if args.output:
+        import torch
+
+        protocol = {"note": NOTE, "picture": list(PICTURE), "scale": SCALE, "latency": LATENCY}
+        schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
+    if args.document:
+        fill(args.document, rows)

@@ -1,0 +1,173 @@
+"""Block sizes and warps of the kernels: tables by architecture, pass, channels and size of a cell.
+
+A cell is the HR pixels nearest to one LR pixel; its size along an axis falls into the bucket 1, 2,
+4 (3 or 4) or 8 (5 and more). The tables were chosen from what the compiler says of each candidate
+(`python -m bench static`, `python -m bench.autotune`): no spills, and the least modelled time on
+sm_80 and sm_90 together. No GPU has measured them. Nothing is tuned when a kernel is called: what
+`python -m bench.autotune` has found on a machine counts only with GSR_AUTOTUNE=1, or with GSR_TUNED
+naming its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from gsr.errors import InputError
+
+BUCKETS = (1, 2, 4, 8)
+
+
+def bucket(n: int) -> int:
+    """The bucket of a cell of n HR pixels along an axis."""
+    return next((b for b in BUCKETS[:-1] if n <= b), BUCKETS[-1])
+
+
+def channel_bucket(c: int) -> int:
+    """4, 8, 16, ... channels: what a value takes in registers."""
+    return max(4, 1 << (c - 1).bit_length())
+
+
+def _grid(*rows: str) -> dict:
+    """{(cy, cx): (PY, PX)} from one line for each bucket of cy, with one PYxPX for each of cx."""
+    blocks = [[tuple(map(int, block.split("x"))) for block in row.split()] for row in rows]
+    return {(cy, cx): blocks[i][j] for i, cy in enumerate(BUCKETS) for j, cx in enumerate(BUCKETS)}
+
+
+# PY x PX pixels of a cell for a thread, by the cell's buckets: rows cy, columns cx. More of them
+# share each load, until they no longer fit. Tall blocks take fewer registers than wide ones.
+PIXELS_16 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x8", "4x1 4x2 4x4 4x4", "8x1 8x2 8x2 8x2")
+PIXELS_8 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "8x1 8x1 8x1 8x1")
+PIXELS_4 = _grid("1x1 1x2 1x4 1x4", "2x1 2x2 2x2 2x2", "4x1 4x1 4x1 4x1", "4x1 4x1 4x1 4x1")
+PIXELS_2 = _grid("1x1 1x2 1x2 1x2", "2x1 2x1 2x1 2x1", "2x1 2x1 2x1 2x1", "2x1 2x1 2x1 2x1")
+
+# By architecture and channels; beyond 32 channels one pixel at a time.
+FORWARD = {
+    "default": {4: PIXELS_16, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2},
+    # Shared memory, where results change layout before they are stored, is 64 KiB for all warps of
+    # a compute unit and goes with the pixels: 8 a thread leave room for 8 warps, 16 for 4.
+    "gfx942": {4: PIXELS_8},
+}
+
+# The same kernel as the first pass of backward holds the incoming gradient as well and would spill.
+PREPARE = {
+    "default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2},
+    "sm_80": {4: PIXELS_4},
+}
+
+# Backward: PX pixels of a cell's row at a time. Each of them after the first goes to other lanes
+# and comes back by shuffles and barriers in the innermost loop, which costs more than it saves.
+BACKWARD = {"default": 1}
+
+POINTS = {
+    "default": {
+        "forward": {"BLOCK": 128, "num_warps": 4},
+        "backward": {"CELLS": 64, "num_warps": 2},  # in one warp, 8 channels spill on sm_80
+    },
+    "gfx942": {"backward": {"CELLS": 64, "num_warps": 1}},
+}
+
+# One warp a program: its warps would share nothing, and the last programs leave less of a GPU idle.
+CELLS = {"default": 32, "gfx942": 64}
+
+
+def _of(table: dict, arch: str, *keys):
+    """The entry of `arch` if it has one for `keys`, or else of "default"; None without either."""
+    for name in (arch, "default"):
+        entry = table.get(name)
+        for key in keys:
+            entry = None if entry is None else entry.get(key)
+        if entry is not None:
+            return entry
+    return None
+
+
+def choose_splat(kind: str, arch: str, cy: int, cx: int, channels: int) -> dict:
+    """The shipped configuration of a grid kernel.
+
+    Args:
+        kind: "forward", "prepare" (the first pass of backward) or "backward".
+        arch: "sm_90", "gfx942", ...; unknown ones get the default.
+        cy, cx: most HR pixels of a cell along each axis.
+    """
+    config = {"CELLS": _of(CELLS, arch), "num_warps": 1}
+    channels = channel_bucket(channels)
+    if kind == "backward":
+        return {"PX": _of(BACKWARD, arch), **config}
+    table = PREPARE if kind == "prepare" else FORWARD
+    py, px = _of(table, arch, channels, (bucket(cy), bucket(cx))) or (1, 1)
+    return {"PY": py, "PX": px, **config}
+
+
+def choose_points(kind: str, arch: str) -> dict:
+    """The shipped configuration of a kernel for points."""
+    return dict(_of(POINTS, arch, kind))
+
+
+# ---- for the launchers --------------------------------------------------------------------------
+
+
+def splat_config(kind: str, device: torch.device, h, w, big_h, big_w, channels: int) -> dict:
+    """Keyword arguments of the launch of `splat_forward` or `splat_backward`."""
+    arch, cy, cx = architecture(device), -(-big_h // h), -(-big_w // w)
+    tuned = tuned_configs().get(splat_key(kind, arch, cy, cx, channels))
+    return dict(tuned or choose_splat(kind, arch, cy, cx, channels))
+
+
+def points_config(kind: str, device: torch.device) -> dict:
+    """Keyword arguments of the launch of `points_forward` or `points_backward`."""
+    return choose_points(kind, architecture(device))
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ... of a GPU; "default" of anything else (Triton's interpreter)."""
+    if device.type != "cuda":
+        return "default"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# ---- what a tuning run has found ----------------------------------------------------------------
+
+
+def splat_key(kind: str, arch: str, cy: int, cx: int, channels: int) -> str:
+    """A configuration's name in a file of tuned ones."""
+    return f"{arch}/{kind}/{channel_bucket(channels)}/{bucket(cy)}x{bucket(cx)}"
+
+
+def tuned_file() -> Path:
+    """Where tuned configurations are kept: GSR_TUNED, or a file in the user's cache folder."""
+    if os.environ.get("GSR_TUNED"):
+        return Path(os.environ["GSR_TUNED"])
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gaussiansr" / "tuned.json"
+
+
+def tuned_configs() -> dict[str, dict]:
+    """Tuned configurations by `splat_key`; none unless the environment asks for them."""
+    if os.environ.get("GSR_TUNED") or os.environ.get("GSR_AUTOTUNE") == "1":
+        return _read(tuned_file())
+    return {}
+
+
+@lru_cache
+def _read(path: Path) -> dict[str, dict]:
+    try:
+        configs = json.loads(path.read_text())["configs"]
+        return {
+            key: {name: int(n) for name, n in config.items()} for key, config in configs.items()
+        }
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no file of tuned configurations {path}; make it with "
+            "python -m bench.autotune, or unset GSR_AUTOTUNE and GSR_TUNED"
+        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise InputError(f"{path} is no file of tuned configurations: {error}") from None

@@ -1,0 +1,191 @@
+"""Single programs of the splat kernels in the far corner of pictures of billions of pixels.
+
+    TRITON_INTERPRET=1 python tests/far_addresses.py            # errors as JSON on stdout
+
+The tensors are files with holes: the addresses are those of a 49,990 x 49,990 picture enlarged to
+74,985 x 74,985, the disk holds only what is touched. A program at the end of the last row of the
+last image must give what the same Gaussians give in a small picture. Where an offset is computed in
+32 bits, or a position loses its digits, it does not (or the process dies).
+
+The interpreter computes integers in the widths that the compiler gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+if __name__ == "__main__":  # under pytest the checkout is on the path already
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gsr import reference  # noqa: E402
+
+B, K, C, R, EPS = 2, 2, 3, 1, 0.01
+SIDE, HR = 49_990, 74_985  # h w and H W are beyond 2^31
+ROWS, COLUMNS = 6, 40  # of the corner: an even number from the end, as one LR pixel is 1.5 HR ones
+HR_ROWS, HR_COLUMNS = 9, 60
+TOP, LEFT = SIDE - ROWS, SIDE - COLUMNS
+CELLS = 32
+OWN = SIDE % CELLS  # columns of the last block
+QUERIES = 1_200_000_005  # for each image
+NEAR = 50  # of them are in the corner, the last ones
+TOLERANCE = 1e-5
+INPUTS = ("values", "sigma", "rho", "opacity", "offset")
+
+
+@contextlib.contextmanager
+def program(x: int, y: int, z: int):
+    """Launches run the program of these indices and no other, and copy nothing afterwards."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    set_index = interpreter.interpreter_builder.set_grid_idx
+
+    def set_grid_idx(*_):
+        interpreter.interpreter_builder.grid_dim = (x + 1, y + 1, z + 1)
+        set_index(x, y, z)
+
+    with (
+        mock.patch.object(interpreter.interpreter_builder, "set_grid_idx", set_grid_idx),
+        # It would copy each tensor onto itself, holes included.
+        mock.patch.object(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None),
+    ):
+        yield
+
+
+def run(kernels=None) -> dict[str, float]:
+    """Errors relative to the largest value, of each kernel's results."""
+    kernels = kernels or importlib.import_module("gsr.kernels.splat")
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.rand(B, K, *shape, ROWS, COLUMNS, generator=g)
+
+    # The corner, and the truth about it.
+    corner = [rand(C) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5]
+    points = torch.rand(B, NEAR, 2, generator=g, dtype=torch.float64)
+    points = points * torch.tensor([ROWS - 2, COLUMNS - 2]) + 1.5
+    grad = torch.randn(B, C, HR_ROWS, HR_COLUMNS, generator=g)
+    grad_at = torch.randn(B, NEAR, C, generator=g)
+    leaves = [t.double().requires_grad_() for t in corner]
+    small = (HR_ROWS, HR_COLUMNS)
+    want = reference.splat(*leaves[:4], small, leaves[4], R, True, EPS)
+    want_at = reference.splat_at(*leaves[:4], points, leaves[4], R, True, EPS)
+    want_grads = torch.autograd.grad(want, leaves, grad.double())
+    want_grads_at = torch.autograd.grad(want_at, leaves, grad_at.double())
+    want, want_at = want.detach(), want_at.detach()
+    prepared = kernels._forward(*corner, small, (0, HR_ROWS), R, True, EPS, grad)
+    prepared_at = kernels._forward_at(*corner, points, R, True, EPS, grad_at)
+    order, start = kernels.sort_points(points, ROWS, COLUMNS)
+
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def holes(name, *shape, dtype=torch.float32):
+            n = torch.Size(shape).numel()
+            path = f"{folder}/{name}"
+            return torch.from_file(path, shared=True, size=n, dtype=dtype).view(shape)
+
+        def far(name, tensor):
+            """[..., ROWS, COLUMNS] at the end of [..., SIDE, SIDE]."""
+            big = holes(name, *tensor.shape[:-2], SIDE, SIDE)
+            big[..., TOP:, LEFT:] = tensor
+            return big
+
+        inputs = [far(*pair) for pair in zip(INPUTS, corner, strict=True)]
+        gradients = [
+            holes(f"d_{name}", *t.shape) for name, t in zip(INPUTS, inputs, strict=True)
+        ]
+        shared = {
+            "K": K, "C": C, "CP": 4, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
+        }  # fmt: skip
+        block = SIDE // CELLS
+        # What a program of the last block and the last row of cells has to say.
+        own_y, own_x = HR_ROWS - 2, HR_COLUMNS - OWN * 3 // 2
+
+        def compare(name, ours, true):
+            error = (ours.double() - true).abs().max().item()
+            errors[name] = error / max(true.abs().max().item(), 1e-12)
+
+        def gradient_errors(name, true):
+            for which, ours, t in zip(INPUTS, gradients, true, strict=True):
+                # The program is that of image and k B K - 1.
+                compare(
+                    f"{name} d_{which}", ours[-1, -1, ..., -1, -OWN:], t[-1, -1, ..., -1, -OWN:]
+                )
+                ours[-1, -1, ..., -1, -OWN:] = 0
+
+        # ---- the grid
+        out = holes("out", B, C, HR, HR)
+        out_prepared = holes("prepared", B, C + 1, HR, HR)
+        big_grad = holes("grad", B, C, HR, HR)
+        big_grad[..., -HR_ROWS:, -HR_COLUMNS:] = grad
+        for prepare, target, true in ((False, out, want), (True, out_prepared, prepared.double())):
+            with program(block, 0, B - 1):
+                kernels.splat_forward[(1, 1, 1)](
+                    *inputs, big_grad, target, SIDE, SIDE, HR, HR, 0, HR, SIDE - 1, 1, 1, EPS,
+                    PREPARE=prepare, PY=2, PX=2, CELLS=CELLS, **shared,
+                )  # fmt: skip
+            found = target[-1, :, -HR_ROWS:, -HR_COLUMNS:][:, own_y:, own_x:]
+            compare(f"splat_forward {prepare=}", found, true[-1, :, own_y:, own_x:])
+        out_prepared[-1, :, -HR_ROWS:, -HR_COLUMNS:] = prepared[-1]
+        with program(block, SIDE - 1, B * K - 1):
+            kernels.splat_backward[(1, 1, 1)](
+                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, HR, 2,
+                PX=2, CELLS=CELLS, **shared,
+            )  # fmt: skip
+        gradient_errors("splat_backward", want_grads)
+
+        # ---- points
+        big_points = holes("points", B, QUERIES, 2, dtype=torch.float64)
+        big_points[:, -NEAR:] = points + torch.tensor([TOP, LEFT])
+        out = holes("out_at", B, QUERIES, C)
+        out_prepared = holes("prepared_at", B, QUERIES, C + 1)
+        big_grad = holes("grad_at", B, QUERIES, C)
+        big_grad[:, -NEAR:] = grad_at
+        # The last program has 5 points, the one before it the other 45 and some of the holes'.
+        last = (QUERIES - 1) // 128
+        count = QUERIES - last * 128
+        for prepare, target, true in (
+            (False, out, want_at),
+            (True, out_prepared, prepared_at.double()),
+        ):
+            with program(last, B - 1, 0):
+                kernels.points_forward[(1,)](
+                    *inputs, big_points, big_grad, target, SIDE, SIDE, QUERIES, EPS,
+                    PREPARE=prepare, BLOCK=128, **shared,
+                )  # fmt: skip
+            compare(f"points_forward {prepare=}", target[-1, -count:], true[-1, -count:])
+        out_prepared[-1, -NEAR:] = prepared_at[-1]
+        big_order = holes("order", B * QUERIES, dtype=torch.int64)
+        big_start = holes("start", B * SIDE * SIDE + 1, dtype=torch.int64)
+        # The corner's points of the last image alone, at the end of all points.
+        mine = order[NEAR:] - NEAR
+        big_order[-NEAR:] = (B * QUERIES - NEAR) + mine
+        starts = start[ROWS * COLUMNS : -1].view(ROWS, COLUMNS) - NEAR + (B * QUERIES - NEAR)
+        big_start[:-1].view(B, SIDE, SIDE)[-1, TOP:, LEFT:] = starts
+        big_start[-1] = B * QUERIES
+        # A row's last cell ends where the next row's first begins, far to the left.
+        big_start[:-1].view(B, SIDE, SIDE)[-1, TOP + 1 :, 0] = starts[1:, 0]
+        with program(block, SIDE - 1, B * K - 1):
+            kernels.points_backward[(1, 1, 1)](
+                out_prepared, big_points, big_order, big_start, *inputs, *gradients, SIDE, SIDE,
+                CELLS=CELLS, **shared,
+            )  # fmt: skip
+        gradient_errors("points_backward", want_grads_at)
+    return errors
+
+
+def main() -> int:
+    errors = run()
+    print(json.dumps(errors, indent=1))
+    return not all(error <= TOLERANCE for error in errors.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

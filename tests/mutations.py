@@ -1,0 +1,209 @@
+"""Puts faults into the splat kernels, one at a time, and asks which of the cases notices.
+
+    TRITON_INTERPRET=1 python tests/mutations.py            # a table; exit status 1 if one survives
+
+A fault is a piece of text of kernels/splat.py and what replaces it. Text that is not found exactly
+as often as stated is an error: the source has changed, and the fault has to be stated again. Every
+fault runs in a process forked for it, since some of them write where they should not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE.parent / "kernels" / "splat.py"
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import far_addresses  # noqa: E402
+import kernel_cases  # noqa: E402
+import torch  # noqa: E402
+
+FAR = "far addresses"
+# Quick ones; a fault is first tried on those that it names itself.
+QUICK = ["x2", "C5 R2", "C2", "rows within a cell", "at outside", "at ties", "at R2, no offset"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    old: str
+    new: str
+    cases: tuple[str, ...] = ()
+    times: int = 1  # how often the text occurs; all are replaced
+
+
+FAULTS = [
+    # ---- formulas
+    Fault("sigma_x for sigma_y", "sy = tl.load(sigma + two + j,",
+          "sy = tl.load(sigma + two + plane + j,"),
+    Fault("sign of a term of d_rho", "- (1.0 + r * r) * u * v * myx",
+          "+ (1.0 + r * r) * u * v * myx"),
+    Fault("cross term missing from d_sigma_x", "-(2.0 * c * mxx + b * myx) * v",
+          "-(2.0 * c * mxx) * v"),
+    Fault("cross term missing from q", "(a * dy + b * dx)", "(a * dy)"),
+    Fault("planes of d_offset swapped",
+          "tl.store(d_offset + two + j, -(2.0 * a * my + b * mx), mask)",
+          "tl.store(d_offset + two + j, -(2.0 * c * mx + b * my), mask)"),
+    Fault("opacity's gradient never stored", "tl.store(d_opacity + one + j, d_alpha, mask)",
+          "pass"),
+    Fault("eps dropped", "(total + eps)", "total", times=2),
+    # ---- the grid
+    Fault("one HR pixel late", "(pid % blocks_x * PX + pixel % PX)[:, None]",
+          "(pid % blocks_x * PX + pixel % PX + 1)[:, None]"),
+    Fault("position of the pixel's corner", "((2 * y + 1) * n - (2 * i + 1) * n_hr)",
+          "(2 * y * n - 2 * i * n_hr)"),
+    Fault("ties to the upper pixel", "(tl.maximum(2 * n_hr * i - n, 0) + 2 * n - 1) // (2 * n)",
+          "(tl.maximum(2 * n_hr * i - n, 0) + 2 * n) // (2 * n)", ("ties x1.5",)),
+    Fault("last row of cells not gathered", "tl.minimum(i + R + 1, h)", "tl.minimum(i + R, h)"),
+    Fault("pixels of the next cell stored as well",
+          " & (x < _first(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]",
+          " & (j < w)[None, :]", ("odd", "exactly one block")),
+    Fault("cells right of the picture stored",
+          "[None, :]) & (j < w)[None, :]\n    fy", "[None, :])\n    fy", ("one pixel to one",)),
+    Fault("Gaussians left of the picture not masked",
+          "exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)\n        row",
+          "exists = (ii >= 0) & (ii < h) & (jj < w)\n        row"),
+    Fault("rows before the first wanted stored", " & (y >= row0)", "", ("rows across cells",)),
+    Fault("rows counted from the picture's top", "line = (y - row0) * big_w", "line = y * big_w",
+          ("rows within a cell",)),
+    Fault("normaliser's term missing",
+          "d_weight -= tl.load(grad + last + x, inside, other=0.0)", "pass"),
+    Fault("gradient of the wrong image", "line = ((g // K * planes + channel)",
+          "line = ((g % K * planes + channel)", ("batch 3",)),
+    Fault("Gaussians of the wrong image", "            g = b * K + k\n", "            g = k\n",
+          ("batch 3", "at odd"), times=2),
+    Fault("last channels lost", "(channel < C)[:, None, None]", "(channel < C - 1)[:, None, None]",
+          ("C2",), times=2),
+    # ---- points
+    Fault("at: y and x transposed",
+          "y = tl.load(points + 2 * (b * queries + q), real, other=0.0)\n"
+          "    x = tl.load(points + 2 * (b * queries + q) + 1,",
+          "x = tl.load(points + 2 * (b * queries + q), real, other=0.0)\n"
+          "    y = tl.load(points + 2 * (b * queries + q) + 1,", ("at outside",)),
+    Fault("at: ties to the upper pixel", "tl.floor(p + 0.5)", "tl.ceil(p - 0.5)", ("at ties",)),
+    Fault("at: a cell's last point lost", "range(tl.max(end - begin, axis=0))",
+          "range(tl.max(end - begin, axis=0) - 1)", ("at ties",)),
+    Fault("at: points of the next cell as well", "real = begin + t < end",
+          "real = begin + t <= end", ("at outside",)),
+    Fault("at: normaliser's term missing",
+          "d_weight -= tl.load(grad + q * planes + C, real, other=0.0)", "pass", ("at outside",)),
+    Fault("at: window stops short", "exists = (i + di >= 0) & (i + di < h) ",
+          "exists = (i + di >= 0) & (i + di < h - 1) ", ("at ties",)),
+    Fault("at: points behind the last stored", "real = q < queries\n", "real = q >= 0\n",
+          ("at outside",)),
+    # ---- widths
+    Fault("rho left in 16 bits", "r = tl.load(rho + one + j, exists, other=0.0).to(tl.float32)",
+          "r = tl.load(rho + one + j, exists, other=0.0)", ("float16",)),
+    Fault("planes of 32 bits", "plane, size = h * w, rows * big_w",
+          "plane, size = (h * w).to(tl.int32), (rows * big_w).to(tl.int32)", (FAR,)),
+    Fault("Gaussian's plane of 32 bits", "one = g * plane + row\n    two = one + g * plane  #",
+          "one = (g * plane).to(tl.int32) + row\n    two = one + g * plane  #", (FAR,)),
+    Fault("at: output offsets of 32 bits", "place = (b * queries + q)[None, :] * C",
+          "place = (b * queries + q).to(tl.int32)[None, :] * C", (FAR,)),
+    Fault("at: gradient's offsets of 32 bits", "grad + q[None, :] * planes",
+          "grad + q.to(tl.int32)[None, :] * planes", (FAR,)),
+]  # fmt: skip
+
+
+def mutated(fault: Fault, source: str) -> str:
+    found = source.count(fault.old)
+    if found != fault.times:
+        raise SystemExit(
+            f"{fault.name}: the text to replace occurs {found} times in {SOURCE.name}, "
+            f"not {fault.times}:\n{fault.old}"
+        )
+    return source.replace(fault.old, fault.new)
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("gsr_kernels_mutated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hunt(path: Path, names: list[str], pipe) -> None:
+    """Sends the first of the cases that fails, and why; None if all pass."""
+    # Python's complaints about arithmetic on what should not have been read.
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+        kernels = load(path)
+        by_name = {case.name: case for case in kernel_cases.CASES}
+        for name in names:
+            pipe.send(("running", name))
+            try:
+                if name == FAR:
+                    errors = far_addresses.run(kernels)
+                    limit = far_addresses.TOLERANCE
+                    wrong = [f"{k} {v:.2g}" for k, v in errors.items() if not v <= limit]
+                else:
+                    case = by_name[name]
+                    wrong = kernel_cases.failures(case, kernel_cases.run_case(case, "cpu", kernels))
+            except Exception as error:
+                wrong = [f"{type(error).__name__}: {error}"]
+            if wrong:
+                pipe.send(("caught", (name, wrong[0])))
+                return
+        pipe.send(("survived", None))
+
+
+def verdict(source: str, fault: Fault | None, folder: Path) -> tuple[str, str] | None:
+    """(case, what it saw), or None if no case failed."""
+    path = folder / "splat.py"
+    path.write_text(source)
+    names = [*fault.cases, *QUICK] if fault else [*QUICK, FAR]
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hunt, args=(path, names, theirs))
+    process.start()
+    theirs.close()
+    running = names[0]
+    try:
+        while True:
+            kind, what = ours.recv()
+            if kind == "running":
+                running = what
+            else:
+                return what
+    except EOFError:
+        process.join()
+        return running, f"the process died with {process.exitcode}"
+    finally:
+        process.join()
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Which case notices which fault.")
+    parser.add_argument("select", nargs="*", help="parts of the faults' names; none: all")
+    arguments = parser.parse_args(argv)
+    if not kernel_cases.interpreted():
+        parser.error("set TRITON_INTERPRET=1: the faults are run on the interpreter")
+    torch.set_num_threads(1)  # a forked process has no other threads
+    importlib.import_module("triton")
+    source = SOURCE.read_text()
+    texts = [(fault, mutated(fault, source)) for fault in FAULTS]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        if (found := verdict(source, None, Path(name))) is not None:
+            print(f"The kernels as they are fail already: {found}")
+            return 1
+        for fault, text in texts:
+            if arguments.select and not any(part in fault.name for part in arguments.select):
+                continue
+            found = verdict(text, fault, Path(name))
+            survivors += found is None
+            where, what = found or ("NOT CAUGHT", "")
+            print(f"{fault.name:42} {where:22} {what.splitlines()[0] if what else ''}", flush=True)
+    print(f"{survivors} not caught")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

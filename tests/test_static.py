@@ -1,0 +1,101 @@
+"""What the compiler makes of the kernels for GPUs that are not here: it spills nothing.
+
+The fast tests compile, for each architecture, the largest block that each way of use is given; the
+slow ones all of them, other numbers of Gaussians and 16-bit storage as well. Triton keeps what it
+has compiled, so that a second run is quick.
+"""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: nothing compiles the kernels")
+
+from bench import static  # noqa: E402
+
+# Of 64 KiB (gfx942) to 227 KiB (sm_90): several programs have to fit at a time.
+SHARED = 16 << 10
+KERNELS = ("splat_forward", "splat_backward", "points_forward", "points_backward")
+TARGETS = pytest.mark.parametrize("target", static.TARGETS)
+
+
+def size_of_block(constants):
+    return constants.get("PY", 1) * constants.get("PX", 1) * constants.get("CELLS", 1)
+
+
+def largest_blocks(target):
+    """One configuration of each kernel, use and pass."""
+    found = {}
+    for name, constants, warps in static.shipped(target):
+        if target != "sm_90" and constants["R"] == 2:
+            continue  # the radius is but the length of a loop: on one architecture it is enough
+        use = name, constants["K"], constants["C"], constants["R"], constants.get("PREPARE")
+        if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
+            found[use] = name, constants, warps
+    return list(found.values())
+
+
+def over_the_ceilings(target, configurations, values="fp32"):
+    """Those that spill, keep anything on the stack or take much shared memory, and how much."""
+    assert configurations
+    wrong = []
+    for name, constants, warps in configurations:
+        found = static.resources(static.compile_kernel(name, constants, target, warps, values))
+        if found["spills"] or found["stack"] or found["shared"] > SHARED:
+            wrong.append((name, constants, warps, found))
+    return wrong
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@TARGETS
+def test_largest_blocks(target, kernel):
+    assert over_the_ceilings(target, [c for c in largest_blocks(target) if c[0] == kernel]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("values", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@TARGETS
+def test_all_blocks(target, kernel, values):
+    shipped = [c for c in static.shipped(target) if c[0] == kernel]
+    assert over_the_ceilings(target, shipped, values) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gaussians", [1, 9])
+@TARGETS
+def test_other_numbers_of_gaussians(target, gaussians):
+    of_direct = [
+        (name, constants | {"K": gaussians}, warps)
+        for name, constants, warps in largest_blocks(target)
+        if constants["C"] == 3 and constants["R"] == 1
+    ]
+    assert over_the_ceilings(target, of_direct) == []
+
+
+def test_all_four_kernels_are_shipped_to_every_target():
+    for target in static.TARGETS:
+        assert {name for name, _, _ in static.shipped(target)} == set(KERNELS)
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    """PTX of one configuration of each kernel."""
+    chosen = {name: (name, *rest) for name, *rest in largest_blocks("sm_90")}
+    return {
+        name: static.compile_kernel(name, constants, "sm_90", warps).asm["ptx"]
+        for name, constants, warps in chosen.values()
+    }
+
+
+def test_no_atomics(ptx):
+    """One writer for each output is why a result repeats bit by bit."""
+    for name, text in ptx.items():
+        assert not re.search(r"\b(atom|red)\.", text), name
+
+
+def test_multiplications_and_additions_are_fused(ptx):
+    """Triton 3.10 stops doing so unless it is told; `gsr/kernels.py` tells it."""
+    for name, text in ptx.items():
+        fused, apart = (len(re.findall(rf"\b{op}\S*\.f32", text)) for op in ("fma", "add"))
+        assert fused > apart, name
