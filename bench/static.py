@@ -109,6 +109,8 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
         values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16".
     """
     kernel = getattr(splat, name)
+    if "WIDE" in kernel.arg_names:
+        constants = {"WIDE": False, **constants}
     pointers = dict.fromkeys(FLOAT_POINTERS, f"*{values}")
     pointers |= {"points": "*fp64", "order": "*i64", "start": "*i64"}
     # The gradients are float32 whatever the storage type.
@@ -532,36 +534,37 @@ NOTE = (
 )
 
 
-def tables(rows: list[dict]) -> str:
-    """The rows as two Markdown tables: what was compiled, and the model."""
+def compiled_table(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table of what was compiled."""
+    parts = ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")
     lines = [
-        "| kernel | target | block | registers | spills | shared | warps "
-        "| loop | FP32 | MUFU | LDG | HMMA | SHFL |",
-        "|---" * 13 + "|",
+        "| kernel | target | block | registers | spills | shared | warps | loop: "
+        + " | ".join(parts)
+        + " |",
+        "|---" * (7 + len(parts)) + "|",
     ]
     for r in rows:
-        if "model" not in r:
-            loop = r["loop"]
-            cells = [
-                r["case"], r["provider"], block_text(r["config"]), r["resources"]["registers"],
-                r["resources"]["spills"], r["resources"]["shared"], r["occupancy"],
-                *(loop.get(n, "") for n in ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")),
-            ]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    modelled = [r for r in rows if "model" in r]
-    if modelled:
-        names = list(modelled[0]["model"])
-        lines += [
-            "",
-            "| kernel | model | block | " + " | ".join(names) + " | longest |",
-            "|---" * (len(names) + 4) + "|",
-        ]
-        for r in modelled:
-            times = [r["model"][n] * 1e3 for n in names]
-            cells = [r["case"], r["provider"].removeprefix("model "), block_text(r["config"])]
-            cells += [f"{t:.3f}" for t in [*times, max(times)]]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        used = [str(r["resources"][n]) for n in ("registers", "spills", "shared")]
+        loop = [str(r["loop"].get(n, "")) for n in parts]
+        cells = [r["case"], r["provider"], block_text(r["config"]), *used, str(r["occupancy"])]
+        lines.append("| " + " | ".join([*cells, *loop]) + " |")
+    return lines
+
+
+def model_table(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table of the model, in milliseconds."""
+    names = list(rows[0]["model"])
+    lines = [
+        "| kernel | model | block | " + " | ".join(names) + " | longest |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for r in rows:
+        times = [r["model"][n] * 1e3 for n in names]
+        cells = [r["case"], r["provider"].removeprefix("model "), block_text(r["config"])]
+        lines.append(
+            "| " + " | ".join([*cells, *(f"{t:.3f}" for t in [*times, max(times)])]) + " |"
+        )
+    return lines
 
 
 def block_text(config: dict) -> str:
@@ -575,24 +578,56 @@ MARKS = ("<!-- static -->", "<!-- /static -->")
 
 
 def fill(document: Path, rows: list[dict]) -> None:
-    """Put the tables of what the x4 picture uses between the marks of a Markdown file."""
-    used = {(r["case"], str(r["config"])) for r in rows if "model" in r}
-    some = [
-        r for r in rows
-        if "model" in r or "points" in r["case"] or (r["case"], str(r["config"])) in used
-        or r["provider"] in ("sm_100", "gfx942") and _is_scale(r)
-    ]  # fmt: skip
+    """Put the tables for the x4 picture between the marks of a Markdown file."""
     text = document.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    text = f"{before}{MARKS[0]}\n{tables(some)}\n{MARKS[1]}{after}"
+    text = f"{before}{MARKS[0]}\n{summary(rows)}\n{MARKS[1]}{after}"
     document.write_text(text, encoding="utf-8")
 
 
-def _is_scale(r: dict) -> bool:
-    use, kind = r["case"].split(" ", 1)
-    config = configs.choose_splat(kind, r["provider"], SCALE, SCALE, r["sizes"]["C"])
-    return r["config"] == config
+def summary(rows: list[dict]) -> str:
+    """Tables of what `direct` and `field` use at x4: all targets in a row, and the model."""
+    kinds = ("forward", "prepare", "backward")
+    order = [f"{u} {p}{k}" for u in ("direct", "field") for p in ("", "points ") for k in kinds]
+    chosen = [
+        r
+        for case in order
+        for r in rows
+        if r["case"] == case and r["config"] == _at_scale(case.split(" ", 1)[1], r)
+    ]
+    compiled = [r for r in chosen if "model" not in r]
+    spills = sum(r["resources"]["spills"] > 0 for r in rows)
+    parts = ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")
+    lines = [
+        f"{len([r for r in rows if 'model' not in r])} configurations compiled, {spills} spill.",
+        "",
+        "| kernel | " + " | ".join(TARGETS) + " | loop: " + " | ".join(parts) + " |",
+        "|---" * (1 + len(TARGETS) + len(parts)) + "|",
+    ]
+    for case in dict.fromkeys(r["case"] for r in compiled):
+        here = {r["provider"]: r for r in compiled if r["case"] == case}
+        cells = [case]
+        for target in TARGETS:
+            r = here.get(target)
+            cells.append("" if r is None else f"{block_text(r['config'])}: {_fit(r)}")
+        loop = here["sm_90"]["loop"] if "sm_90" in here else {}
+        lines.append("| " + " | ".join([*cells, *(str(loop.get(n, "")) for n in parts)]) + " |")
+    modelled = [r for r in chosen if "model" in r]
+    return "\n".join([*lines, "", *model_table(modelled)] if modelled else lines)
+
+
+def _at_scale(kind: str, r: dict) -> dict:
+    """The shipped configuration of a row's kernel at x4."""
+    arch = next((c.arch for c in CHIPS if r["provider"] == f"model {c.name}"), r["provider"])
+    if kind.startswith("points"):
+        kind = "backward" if kind.endswith("backward") else "forward"
+        return configs.choose_points(kind, arch)
+    return configs.choose_splat(kind, arch, SCALE, SCALE, r["sizes"]["C"])
+
+
+def _fit(r: dict) -> str:
+    return f"{r['resources']['registers']} ({r['occupancy']})"
 
 
 def main(argv=None) -> None:
@@ -608,7 +643,9 @@ def main(argv=None) -> None:
         raise InputError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     rows = [r for arch in args.arch for r in compiled_rows(arch)]
     rows += [] if args.no_model else model_rows()
-    print(NOTE, tables(rows), sep="\n\n")
+    print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
+    if not args.no_model:
+        print("", *model_table([r for r in rows if "model" in r]), sep="\n")
     if args.output:
         import torch
 

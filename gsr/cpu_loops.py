@@ -36,7 +36,7 @@ if numba.config.DISABLE_JIT:
 LANES = 16  # one AVX-512 register of float32; with AVX2 two of 8, 10 to 15 % behind LANES = 8 there
 PARAMETERS = 6  # centre (y, x), l_yy, l_xx, l_yx, opacity; the values follow
 ROOT = np.sqrt(np.log2(np.e) / 2)  # exp(-q / 2) = 2^-(ROOT^2 q)
-BATCH = 64  # passes placed at a time: their coordinates stay in the first cache
+BATCH = 64  # passes placed at a time (an even number): they stay in the first cache
 
 # ---- vectors -------------------------------------------------------------------------------------
 

@@ -328,8 +328,20 @@ def test_not_a_number_stays_where_it_belongs(name):
             assert torch.equal(ours.isnan(), theirs.isnan())
 
 
+def test_not_a_number_far_from_all_points_reaches_no_other():
+    """Lanes without a point are computed all the same; only the spoilt Gaussian may see it."""
+    f = field(k=2, h=5, w=20)
+    f[1][0, 1, 0, 2, 9] = torch.nan
+    forward, backward, _ = points_of(torch.tensor([[[2.0, 1.0], [2.0, 6.0]]]))
+    out = forward(f)
+    assert not out.isnan().any()
+    for gradient in backward(out, f):
+        gradient[0, 1, ..., 2, 9] = 0
+        assert not gradient.isnan().any()
+
+
 def test_points_that_are_not_numbers():
-    f, points = field(h=5, w=20), spread(1, 50, 5, 20)
+    f, points = field(h=5, w=21), spread(1, 50, 5, 21)
     points[0, 7, 0], points[0, 9, 1] = torch.nan, torch.inf
     out, clean = cpu.forward_at(*f, points, 1, True, 1e-2), points.nan_to_num(0, 0, 0)
     expected = cpu.forward_at(*f, clean, 1, True, 1e-2)
@@ -442,22 +454,27 @@ def test_numba_is_imported_only_when_it_is_needed():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from Linux")
 def test_memory():
     peak = python(
         """
-        import resource, torch
+        import torch
         from gsr import cpu
         torch.set_num_threads(2)
         def field(n):
             f = [torch.rand(1, 4, *s, n, n) for s in [(3,), (2,), (), (), (2,)]]
             f[1] += 0.1
             return f
-        cpu.forward(*field(64), (256, 256), None, 1, True, 1e-2)  # what compiling takes
+        def status(key):  # MB
+            with open("/proc/self/status") as lines:
+                return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1024
+        cpu.forward(*field(64), (256, 256), None, 1, True, 1e-2)  # compiles
         f, size = field(384), (1536, 1536)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")  # forgets the peak so far
+        before = status("VmRSS")
         out = cpu.forward(*f, size, None, 1, True, 1e-2)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print((after - before) / 1024 - out.numel() * 4 / 2**20)
+        print(status("VmHWM") - before - out.numel() * 4 / 2**20)
         """
     )
-    assert float(peak) < 40
+    assert -1 < float(peak) < 40

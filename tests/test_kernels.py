@@ -32,14 +32,19 @@ by_name = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.nam
 
 
 def interpret(script, *arguments):
-    """What a script of this folder prints as JSON, run on Triton's interpreter."""
+    """A script of this folder, run on Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: the kernels can be neither interpreted nor compiled")
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, HERE / script, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=1800,
+        capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
+
+
+def printed(script, *arguments):
+    """What it prints as JSON."""
+    done = interpret(script, *arguments)
     if not done.stdout.startswith("{"):
         pytest.fail(f"{script} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout)
@@ -52,7 +57,7 @@ REPEATED = "views"
 
 @pytest.fixture(scope="session")
 def results():
-    return interpret("kernel_cases.py", "--repeat", REPEATED)
+    return printed("kernel_cases.py", "--repeat", REPEATED)
 
 
 @by_name
@@ -74,8 +79,14 @@ def test_wider_bounds_are_earned(results):
 
 def test_offsets_beyond_32_bits():
     far = load("far_addresses")
-    wrong = {k: v for k, v in interpret("far_addresses.py").items() if not v <= far.TOLERANCE}
+    wrong = {k: v for k, v in printed("far_addresses.py").items() if not v <= far.TOLERANCE}
     assert wrong == {}
+
+
+@pytest.mark.slow
+def test_every_fault_is_noticed():
+    done = interpret("mutations.py")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_all_that_the_kernels_can_be_asked_is_among_the_cases():
