@@ -35,6 +35,9 @@ import triton.language as tl
 from gsr.kernels.configs import points_config, splat_config
 from torch import Tensor
 
+# An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
+SIZES = ["h", "w", "big_h", "big_w"]
+
 # ---- shared pieces ------------------------------------------------------------------------------
 
 
@@ -111,7 +114,7 @@ def _write_gradients(
 # ---- the grid -----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def splat_forward(
     values, sigma, rho, opacity, offset, grad, out,
     h, w, big_h, big_w, row0, rows, i0, blocks_y, blocks_x, eps,
@@ -182,7 +185,7 @@ def splat_forward(
         tl.store(out + place, acc.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def splat_backward(
     grad, values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
     h, w, big_h, big_w, row0, rows, max_x,
@@ -268,7 +271,7 @@ def _nearest(p, n):
     return tl.minimum(tl.maximum(tl.floor(p + 0.5), 0.0), (n - 1).to(p.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:2])
 def points_forward(
     values, sigma, rho, opacity, offset, points, grad, out,
     h, w, queries, eps,
@@ -325,7 +328,7 @@ def points_forward(
         tl.store(out + place, acc.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:2])
 def points_backward(
     grad, points, order, start,
     values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
@@ -405,10 +408,6 @@ def points_backward(
 def on_device(tensor: Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _first_row(i: int, n: int, n_hr: int) -> int:
-    return (max(2 * n_hr * i - n, 0) + 2 * n - 1) // (2 * n)
 
 
 def _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, grad=None):

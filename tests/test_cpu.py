@@ -10,8 +10,6 @@ import torch
 
 from gsr import cpu, reference
 
-numba = pytest.importorskip("numba")
-
 NAMES = ("values", "sigma", "rho", "opacity", "offset")
 
 
@@ -86,6 +84,13 @@ def agree(functions, f, out=1e-5, gradients=1e-4):
             assert ours is None, name
         else:
             check(name, ours, true, near, gradients * true.abs().max().item())
+
+
+@pytest.fixture(autouse=True)
+def compiled(request):
+    """Only the tests of the form without Numba run where there is none."""
+    if "no_numba" not in request.fixturenames and cpu._loops() is None:
+        pytest.skip("Numba is not installed")
 
 
 @pytest.fixture
@@ -377,6 +382,8 @@ def test_gradients_of_requiring_tensors():
 
 def test_powers_of_two():
     """The exponential: 2^-x to the last place, 0 where normal float32 numbers end, NaN kept."""
+    import numba
+
     from gsr import cpu_loops
 
     load, decay, store, lanes = (
@@ -438,13 +445,9 @@ def test_without_numba_where_autograd_does_not_record(no_numba):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def python(code, **env):
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, env={**os.environ, **env},
-    )  # fmt: skip
+def python(code):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -99,3 +99,14 @@ def test_multiplications_and_additions_are_fused(ptx):
     for name, text in ptx.items():
         fused, apart = (len(re.findall(rf"\b{op}\S*\.f32", text)) for op in ("fma", "add"))
         assert fused > apart, name
+
+
+@pytest.mark.parametrize(
+    "name", ["splat_forward", "splat_backward", "points_forward", "points_backward"]
+)
+def test_sizes_of_one_are_numbers_like_any_other(name):
+    """Triton makes a constant of an argument that is 1; the kernels widen sizes to 64 bits."""
+    from gsr.kernels import splat
+
+    sizes = [p for p in getattr(splat, name).params if p.name in ("h", "w", "big_h", "big_w")]
+    assert sizes and all(p.do_not_specialize for p in sizes)
