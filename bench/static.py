@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from bench import cost, schema
 from bench.cost import Shape
 from gsr.errors import InputError
-from gsr.kernels import configs, splat
+from gsr.kernels import configs, splat, windows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,6 +61,8 @@ USES = [
     Use("direct5", K=4, C=3, R=2, offset=True),
     Use("field", K=1, C=8, R=3, offset=False),
 ]
+WINDOWS = {"WINDOW": 7, "NP": 64}  # of `official`: 49 Gaussians, and the power of 2 that holds them
+TAPS = 5
 CELLS = range(1, 10)  # HR pixels of a cell along an axis; beyond the last bucket nothing changes
 
 
@@ -72,9 +74,8 @@ def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
     found = {}
 
     def add(name, use, config, **more):
-        config = dict(config)
-        warps = config.pop("num_warps")
-        constants = {**use.constants(), **config, **more}
+        constants = {**(use.constants() if use else WINDOWS), **config, **more}
+        warps = constants.pop("num_warps")
         found[name, warps, tuple(sorted(constants.items()))] = (name, constants, warps)
 
     for a in TARGETS if arch is None else [arch]:
@@ -90,34 +91,42 @@ def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
                 config = configs.choose_points("forward", a)
                 add("points_forward", use, config, PREPARE=prepare)
             add("points_backward", use, configs.choose_points("backward", a))
+        # num_warps is Triton's own choice there.
+        add("windows_weights", None, {"num_warps": 4}, TAPS=TAPS)
+        add("windows_forward", None, configs.choose_windows("forward", a))
+        for name in ("windows_backward_features", "windows_backward_weights"):
+            add(name, None, configs.choose_windows("backward", a))
     return list(found.values())
 
 
 # ---- compiling ----------------------------------------------------------------------------------
 
-FLOAT_POINTERS = (
-    "values sigma rho opacity offset grad out d_values d_sigma d_rho d_opacity d_offset".split()
-)
+# Pointers of all kernels by the type of what they point to. Gradients are float32 whatever the
+# storage type, as are the weights that all windows share.
+STORED = "values sigma rho opacity offset features grad out".split()
+FLOAT = "d_values d_sigma d_rho d_opacity d_offset d_features kernels weights d_weights".split()
+POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "start": "*i64"}
+
+
+def kernel_of(name: str):
+    return getattr(windows if name.startswith("windows") else splat, name)
 
 
 def compile_kernel(name: str, constants: dict, target, num_warps: int, values: str = "fp32"):
-    """Triton's compiled kernel `name` of kernels/splat.py.
+    """Triton's compiled kernel `name` of kernels/splat.py or kernels/windows.py.
 
     Args:
         constants: its constexpr arguments.
         target: a GPUTarget or a name from `TARGETS`.
         values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16".
     """
-    kernel = getattr(splat, name)
+    kernel = kernel_of(name)
     if "WIDE" in kernel.arg_names:
         constants = {"WIDE": False, **constants}
-    pointers = dict.fromkeys(FLOAT_POINTERS, f"*{values}")
-    pointers |= {"points": "*fp64", "order": "*i64", "start": "*i64"}
-    # The gradients are float32 whatever the storage type.
-    pointers |= {n: "*fp32" for n in FLOAT_POINTERS if n.startswith("d_")}
-    if constants.get("PREPARE"):
+    pointers = POINTERS | dict.fromkeys(STORED, f"*{values}")
+    if constants.get("PREPARE") or name == "windows_weights":
         pointers["out"] = "*fp32"
-    if "backward" in name:
+    if name in ("splat_backward", "points_backward"):  # of NORMALIZE: the first pass wrote it
         pointers["grad"] = "*fp32"
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -330,13 +339,16 @@ class Chip:
     clock: float  # Hz
     bandwidth: float  # bytes / s
     fp32: float  # warp instructions (32 lanes) a clock and multiprocessor
+    tf32: float  # operations / s of the tensor cores, dense
 
 
 CHIPS = [
-    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s.
-    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0),
-    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s.
-    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0),
+    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s, 156 TFLOPS
+    # tf32.
+    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0, 156e12),
+    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s, 989 TFLOPS
+    # tf32 of sparse matrices, half of that of dense ones.
+    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0, 494.5e12),
 ]
 # Others of both, CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": 16
 # lanes of special functions; 32 of load/store; four schedulers with one instruction a clock each.
@@ -412,6 +424,31 @@ def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -
     }
 
 
+def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: Loop) -> dict:
+    """Seconds that each limit of `chip` asks of a product of `official` for the x4 picture."""
+    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in PICTURE)
+    pixels, columns = (side * SCALE) ** 2, 8 * h * w
+    blocks_p, blocks_m = -(-pixels // constants["PIXELS"]), -(-columns // constants["COLUMNS"])
+    # A block of columns, or of pixels, that a program goes through in its loop.
+    each = -(-blocks_m // 32)
+    programs, trips, products = {
+        "windows_forward": (blocks_p * blocks_m, 1, 1),
+        "windows_backward_features": (blocks_m, blocks_p, 2),
+        "windows_backward_weights": (blocks_p * -(-blocks_m // each), each, 2),
+    }[name]
+    loops = sum(inner.mix.total() for inner in code.inner)
+    issued = programs * num_warps * (code.mix.total() + trips * loops)
+    block = constants["PIXELS"] * constants["COLUMNS"] * constants["NP"]
+    features, out = 8 * h * w * side**2, pixels * columns
+    moved = 4 * (out + features * (1 + (name == "windows_backward_features")))
+    return {
+        "memory": moved / chip.bandwidth,
+        # A multiply-add is two operations, a float32 product three of tf32.
+        "tensor": 2 * 3 * products * block * programs * trips / chip.tf32,
+        "issue": issued / chip.sms / chip.clock / ISSUE,
+    }
+
+
 def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, float]:
     """Seconds that each limit of `chip` asks for; the kernel takes the longest of them, or more.
 
@@ -437,41 +474,51 @@ def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, flo
 
 
 def _hot(loop: Loop) -> Counter:
-    """The innermost loop that holds the exponential; an empty one if there is none."""
+    """The innermost loop that holds an exponential or a matrix instruction; empty if none does."""
     for inner in loop.inner:
         if found := _hot(inner):
             return found
-    return loop.mix if loop.mix["MUFU.EX2"] else Counter()
+    return loop.mix if any(op == "MUFU.EX2" or "MMA" in op for op in loop.mix) else Counter()
 
 
 def _summary(mix: Counter) -> dict[str, int]:
     """Instructions of a loop by what they do."""
     fp32 = sum(mix[op] for op in PIPES["arithmetic"] if op != "IMAD")
     mufu = sum(n for op, n in mix.items() if op.startswith("MUFU"))
-    others = {"LDG": mix["LDG"], "HMMA": mix["HMMA"], "SHFL": mix["SHFL"], "BAR": mix["BAR"]}
+    # HMMA of a warp, HGMMA of four (sm_90), UTCHMMA of a block (sm_100).
+    mma = sum(n for op, n in mix.items() if "MMA" in op)
+    others = {"LDG": mix["LDG"], "MMA": mma, "SHFL": mix["SHFL"], "BAR": mix["BAR"]}
     return {"all": mix.total(), "FP32": fp32, "MUFU": mufu, **others}
 
 
-def _names(kernel: str, constants: dict) -> tuple[Use, str]:
+def _names(kernel: str, constants: dict) -> tuple[str, dict]:
+    """A row's case and sizes."""
+    family, kind = kernel.split("_", 1)
+    kind = "prepare" if constants.get("PREPARE") else kind.replace("_", " ")
+    if family == "windows":
+        return f"official {kind}", {"WINDOW": constants["WINDOW"]}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
-    kind = kernel.replace("splat_", "").replace("points_", "points ")
-    return use, kind.replace("forward", "prepare") if constants.get("PREPARE") else kind
+    points = "points " if family == "points" else ""
+    return f"{use.name} {points}{kind}", {"K": use.K, "C": use.C, "R": use.R}
+
+
+BLOCKS = ("PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS")
 
 
 def compiled_rows(arch: str) -> list[dict]:
     """A row for every shipped configuration of one architecture."""
     rows = []
     for kernel, constants, warps in shipped(arch):
-        use, kind = _names(kernel, constants)
+        case, sizes = _names(kernel, constants)
         compiled = compile_kernel(kernel, constants, arch, warps)
         usage = resources(compiled)
         loop = _summary(_hot(disassemble(compiled))) if "cubin" in compiled.asm else {}
-        config = {n: constants[n] for n in ("PY", "PX", "CELLS", "BLOCK") if n in constants}
+        config = {n: constants[n] for n in BLOCKS if n in constants}
         rows.append(
             schema.row(
-                f"{use.name} {kind}",
+                case,
                 arch,
-                {"K": use.K, "C": use.C, "R": use.R},
+                sizes,
                 config={**config, "num_warps": warps},
                 resources=usage,
                 loop=loop,
@@ -486,7 +533,7 @@ SCALE = 4
 
 
 def model_rows() -> list[dict]:
-    """A row for each grid kernel, use and chip: the model's seconds for the x4 picture."""
+    """A row for each kernel of the grid, use and chip: the model's seconds for the x4 picture."""
     rows = []
     for chip in CHIPS:
         for use in USES:
@@ -497,7 +544,23 @@ def model_rows() -> list[dict]:
             for kind in ("forward", "prepare", "backward"):
                 config = configs.choose_splat(kind, chip.arch, SCALE, SCALE, use.C)
                 rows.append(model_row(chip, use, s, kind, config))
+        for kernel, constants, warps in shipped(chip.arch):
+            if kernel.startswith("windows") and "PIXELS" in constants:
+                rows.append(windows_row(chip, kernel, constants, warps))
     return rows
+
+
+def windows_row(chip: Chip, kernel: str, constants: dict, warps: int) -> dict:
+    """The model's row for one product of `official`."""
+    compiled = compile_kernel(kernel, constants, chip.arch, warps)
+    usage = resources(compiled)
+    case, sizes = _names(kernel, constants)
+    return schema.row(
+        case, f"model {chip.name}", {**sizes, "HR": list(PICTURE)},
+        config={n: constants[n] for n in BLOCKS if n in constants} | {"num_warps": warps},
+        resources=usage, occupancy=occupancy(usage, warps, chip.arch),
+        model=windows_model(chip, kernel, constants, warps, disassemble(compiled)),
+    )  # fmt: skip
 
 
 def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
@@ -536,7 +599,7 @@ NOTE = (
 
 def compiled_table(rows: list[dict]) -> list[str]:
     """Lines of a Markdown table of what was compiled."""
-    parts = ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")
+    parts = ("all", "FP32", "MUFU", "LDG", "MMA", "SHFL")
     lines = [
         "| kernel | target | block | registers | spills | shared | warps | loop: "
         + " | ".join(parts)
@@ -553,25 +616,25 @@ def compiled_table(rows: list[dict]) -> list[str]:
 
 def model_table(rows: list[dict]) -> list[str]:
     """Lines of a Markdown table of the model, in milliseconds."""
-    names = list(rows[0]["model"])
+    names = list(dict.fromkeys(n for r in rows for n in r["model"]))
     lines = [
         "| kernel | model | block | " + " | ".join(names) + " | longest |",
         "|---" * (len(names) + 4) + "|",
     ]
     for r in rows:
-        times = [r["model"][n] * 1e3 for n in names]
+        longest = max(r["model"].values())
+        times = [r["model"].get(n) for n in names]
+        texts = ["" if t is None else f"{t * 1e3:.3f}" for t in [*times, longest]]
         cells = [r["case"], r["provider"].removeprefix("model "), block_text(r["config"])]
-        lines.append(
-            "| " + " | ".join([*cells, *(f"{t:.3f}" for t in [*times, max(times)])]) + " |"
-        )
+        lines.append("| " + " | ".join([*cells, *texts]) + " |")
     return lines
 
 
 def block_text(config: dict) -> str:
     """4x2 pixels of 32 cells, 1 warp: "4x2 / 32 / 1"."""
-    lanes = config.get("CELLS", config.get("BLOCK"))
-    pixels = f"{config.get('PY', 1)}x{config['PX']} / " if "PX" in config else ""
-    return f"{pixels}{lanes} / {config['num_warps']}"
+    pixels = f"{config.get('PY', 1)}x{config['PX']}" if "PX" in config else config.get("PIXELS")
+    lanes = next((config[n] for n in ("CELLS", "BLOCK", "COLUMNS") if n in config), None)
+    return " / ".join(str(n) for n in (pixels, lanes, config["num_warps"]) if n is not None)
 
 
 MARKS = ("<!-- static -->", "<!-- /static -->")
@@ -587,9 +650,11 @@ def fill(document: Path, rows: list[dict]) -> None:
 
 
 def summary(rows: list[dict]) -> str:
-    """Tables of what `direct` and `field` use at x4: all targets in a row, and the model."""
+    """Tables of what the models use at x4: all targets in a row, and the model."""
     kinds = ("forward", "prepare", "backward")
     order = [f"{u} {p}{k}" for u in ("direct", "field") for p in ("", "points ") for k in kinds]
+    products = ("forward", "backward features", "backward weights")
+    order += [f"official {kind}" for kind in ("weights", *products)]
     chosen = [
         r
         for case in order
@@ -598,7 +663,7 @@ def summary(rows: list[dict]) -> str:
     ]
     compiled = [r for r in chosen if "model" not in r]
     spills = sum(r["resources"]["spills"] > 0 for r in rows)
-    parts = ("all", "FP32", "MUFU", "LDG", "HMMA", "SHFL")
+    parts = ("all", "FP32", "MUFU", "LDG", "MMA", "SHFL")
     lines = [
         f"{len([r for r in rows if 'model' not in r])} configurations compiled, {spills} spill.",
         "",
@@ -620,6 +685,8 @@ def summary(rows: list[dict]) -> str:
 def _at_scale(kind: str, r: dict) -> dict:
     """The shipped configuration of a row's kernel at x4."""
     arch = next((c.arch for c in CHIPS if r["provider"] == f"model {c.name}"), r["provider"])
+    if "WINDOW" in r["sizes"]:
+        return r["config"]  # the same at any scale
     if kind.startswith("points"):
         kind = "backward" if kind.endswith("backward") else "forward"
         return configs.choose_points(kind, arch)

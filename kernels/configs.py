@@ -51,13 +51,15 @@ FORWARD = {
     # Shared memory, where results change layout before they are stored, is 64 KiB for all warps of
     # a compute unit and goes with the pixels: 8 a thread leave room for 8 warps, 16 for 4.
     "gfx942": {4: PIXELS_8},
+    # 8x2 and 2x8 spill there.
+    "sm_80": {
+        4: _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x4 4x4", "8x1 8x1 8x1 8x1")
+    },
 }
 
-# The same kernel as the first pass of backward holds the incoming gradient as well and would spill.
-PREPARE = {
-    "default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2},
-    "sm_80": {4: PIXELS_4},
-}
+# The same kernel as the first pass of backward holds the incoming gradient as well; 4x4 would spill
+# with 16-bit storage.
+PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2}}
 
 # Backward: PX pixels of a cell's row at a time. Each of them after the first goes to other lanes
 # and comes back by shuffles and barriers in the innermost loop, which costs more than it saves.
@@ -69,6 +71,13 @@ POINTS = {
         "backward": {"CELLS": 64, "num_warps": 2},  # in one warp, 8 channels spill on sm_80
     },
     "gfx942": {"backward": {"CELLS": 64, "num_warps": 1}},
+}
+
+# Pixels of a window and columns (windows of a channel of an image) of a program of the products.
+# Larger blocks of the backward kernels, which hold two operands and a sum, spill.
+WINDOWS = {
+    "forward": {"PIXELS": 64, "COLUMNS": 32, "num_warps": 4},
+    "backward": {"PIXELS": 16, "COLUMNS": 32, "num_warps": 4},
 }
 
 # One warp a program: its warps would share nothing, and the last programs leave less of a GPU idle.
@@ -108,6 +117,14 @@ def choose_points(kind: str, arch: str) -> dict:
     return dict(_of(POINTS, arch, kind))
 
 
+def choose_windows(kind: str, arch: str) -> dict:
+    """The shipped configuration of the products of `official`, kind "forward" or "backward".
+
+    A float32 product is three of tf32 on NVIDIA's tensor cores; AMD's multiply float32 as it is.
+    """
+    return {**WINDOWS[kind], "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3"}
+
+
 # ---- for the launchers --------------------------------------------------------------------------
 
 
@@ -121,6 +138,11 @@ def splat_config(kind: str, device: torch.device, h, w, big_h, big_w, channels: 
 def points_config(kind: str, device: torch.device) -> dict:
     """Keyword arguments of the launch of `points_forward` or `points_backward`."""
     return choose_points(kind, architecture(device))
+
+
+def windows_config(kind: str, device: torch.device) -> dict:
+    """Keyword arguments of the launch of the products of `official`."""
+    return choose_windows(kind, architecture(device))
 
 
 @lru_cache

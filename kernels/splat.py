@@ -43,7 +43,7 @@ SIZES = ["h", "w", "big_h", "big_w"]
 
 @triton.jit
 def _first(i, n, n_hr):
-    """First of n_hr HR indices in cell i of n, int64: the least Y with (2 Y + 1) n >= 2 n_hr i."""
+    """First of n_hr HR indices in cell i of n: the least Y with (2 Y + 1) n >= 2 n_hr i."""
     return (tl.maximum(2 * n_hr * i - n, 0) + 2 * n - 1) // (2 * n)
 
 
@@ -120,19 +120,20 @@ def splat_forward(
     h, w, big_h, big_w, row0, rows, i0, blocks_y, blocks_x, eps,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
-    PY: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
+    WIDE: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """out [B, C, rows, W]; with PREPARE g' and s, [B, C + 1, rows, W], for the backward pass.
 
     Program (cells of a row x PY x PX pixels of each, row of cells, image).
     """
     pid = tl.program_id(0)
-    i = i0 + tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
-    plane, size = h * w, rows * big_w
+    if WIDE:
+        h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
+    i = (i0 + tl.program_id(1)).to(h.dtype)
+    plane, size = h.to(tl.int64) * w, big_w.to(tl.int64) * rows
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
-    wide = j.to(tl.int64)
+    wide = j.to(w.dtype)
     pixel = tl.arange(0, PY * PX)
     y = _first(i, h, big_h) + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
     x = _first(wide, w, big_w)[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
@@ -143,14 +144,14 @@ def splat_forward(
     x = x.to(tl.int32)
 
     channel = tl.arange(0, CP)
-    zeros = tl.zeros([CELLS], tl.int64)  # the interpreter cannot combine scalar masks with blocks
+    zeros = tl.zeros([CELLS], h.dtype)  # the interpreter cannot combine scalar masks with blocks
     total = tl.zeros([PY * PX, CELLS], tl.float32)
     acc = tl.zeros([CP, PY * PX, CELLS], tl.float32)
     for n in range((2 * R + 1) * (2 * R + 1)):
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         ii, jj = zeros + i + di, j + dj
         exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)
-        row = (i + di) * w
+        row = (i + di).to(tl.int64) * w
         for k in range(K):
             g = b * K + k
             sy, sx, r, alpha, oy, ox = _gaussian(
@@ -167,7 +168,7 @@ def splat_forward(
             total += weight
             acc += weight[None, :, :] * v[:, None, :]
 
-    line = (y - row0) * big_w
+    line = (y - row0).to(tl.int64) * big_w
     mask = inside[None, :, :] & (channel < C)[:, None, None]
     if NORMALIZE:
         share = 1.0 / (total + eps)
@@ -191,20 +192,21 @@ def splat_backward(
     h, w, big_h, big_w, row0, rows, max_x,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    PX: tl.constexpr, CELLS: tl.constexpr,
+    WIDE: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the Gaussians, each summed by the thread that owns its LR pixel.
 
     `grad` is g' and s, [B, C + 1, rows, W], from PREPARE; without NORMALIZE it is dL/dout itself.
     Program (LR pixels of a row, row, image and k).
     """
-    i = tl.program_id(1).to(tl.int64)
     g = tl.program_id(2).to(tl.int64)
-    h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
-    plane, row = h * w, i * w
+    if WIDE:
+        h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
+    i = tl.program_id(1).to(h.dtype)
+    plane, row = h.to(tl.int64) * w, i.to(tl.int64) * w
     planes: tl.constexpr = C + 1 if NORMALIZE else C
     j = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    wide = j.to(tl.int64)
+    wide = j.to(w.dtype)
     own = j < w
     channel, pixel = tl.arange(0, CP), tl.arange(0, PX)
     sy, sx, r, alpha, oy, ox = _gaussian(
@@ -410,6 +412,14 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def _wide(h: int, w: int, big_h: int, big_w: int) -> bool:
+    """Whether positions need 64 bits, whose divisions cost several times those of 32.
+
+    They come from products up to 2 n n_hr, with indices a block or a window beyond the picture.
+    """
+    return 2 * max((h + 512) * (big_h + 512), (w + 512) * (big_w + 512)) >= 2**31
+
+
 def _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, grad=None):
     values, sigma, rho, opacity = (t.contiguous() for t in (values, sigma, rho, opacity))
     offset = None if offset is None else offset.contiguous()
@@ -433,7 +443,8 @@ def _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize,
             grad if prepare else values, out,
             h, w, big_h, big_w, first, last - first, i0, blocks_y, blocks_x, eps,
             K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
-            NORMALIZE=normalize, HAS_OFFSET=offset is not None, PREPARE=prepare, **config,
+            NORMALIZE=normalize, HAS_OFFSET=offset is not None, PREPARE=prepare,
+            WIDE=_wide(h, w, big_h, big_w), **config,
         )  # fmt: skip
     return out
 
@@ -466,8 +477,8 @@ def backward(
             grad, values, sigma, rho, opacity, values if offset is None else offset,
             *gradients[:4], values if offset is None else gradients[4],
             h, w, big_h, big_w, first, last - first, triton.cdiv(big_w, w),
-            K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
-            NORMALIZE=normalize, HAS_OFFSET=offset is not None, **config,
+            K=k, C=c, CP=triton.next_power_of_2(c), R=radius, NORMALIZE=normalize,
+            HAS_OFFSET=offset is not None, WIDE=_wide(h, w, big_h, big_w), **config,
         )  # fmt: skip
     return gradients
 

@@ -21,6 +21,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from gsr.kernels.configs import windows_config
 from gsr.kernels.splat import on_device
 from torch import Tensor
 
@@ -147,12 +148,6 @@ def windows_backward_weights(
 
 
 # ---- launchers ----------------------------------------------------------------------------------
-
-
-def windows_config(kind: str, device: torch.device) -> dict:
-    """Blocks of the product; fp32 as three tf32 products on tensor cores, on AMD as it is."""
-    precision = "ieee" if torch.version.hip else "tf32x3"
-    return {"PIXELS": 32, "COLUMNS": 32, "PRECISION": precision, "num_warps": 4}
 
 
 def _weights_of(kernels: Tensor, side: tuple[int, int]) -> tuple[Tensor, dict[str, int]]:

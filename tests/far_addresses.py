@@ -34,6 +34,7 @@ HR_ROWS, HR_COLUMNS = 9, 60
 TOP, LEFT = SIDE - ROWS, SIDE - COLUMNS
 CELLS = 32
 OWN = SIDE % CELLS  # columns of the last block
+LONGEST = 30_000  # LR pixels of a row enlarged by 9 / 8
 QUERIES = 1_200_000_005  # for each image
 NEAR = 50  # of them are in the corner, the last ones
 TOLERANCE = 1e-5
@@ -105,6 +106,7 @@ def run(kernels=None) -> dict[str, float]:
             "K": K, "C": C, "CP": 4, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
         }  # fmt: skip
         block = SIDE // CELLS
+        wide = kernels._wide(SIDE, SIDE, HR, HR)
         # What a program of the last block and the last row of cells has to say.
         own_y, own_x = HR_ROWS - 2, HR_COLUMNS - OWN * 3 // 2
 
@@ -129,7 +131,7 @@ def run(kernels=None) -> dict[str, float]:
             with program(block, 0, B - 1):
                 kernels.splat_forward[(1, 1, 1)](
                     *inputs, big_grad, target, SIDE, SIDE, HR, HR, 0, HR, SIDE - 1, 1, 1, EPS,
-                    PREPARE=prepare, PY=2, PX=2, CELLS=CELLS, **shared,
+                    PREPARE=prepare, WIDE=wide, PY=2, PX=2, CELLS=CELLS, **shared,
                 )  # fmt: skip
             found = target[-1, :, -HR_ROWS:, -HR_COLUMNS:][:, own_y:, own_x:]
             compare(f"splat_forward {prepare=}", found, true[-1, :, own_y:, own_x:])
@@ -137,7 +139,7 @@ def run(kernels=None) -> dict[str, float]:
         with program(block, SIDE - 1, B * K - 1):
             kernels.splat_backward[(1, 1, 1)](
                 out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, HR, 2,
-                PX=2, CELLS=CELLS, **shared,
+                WIDE=wide, PX=2, CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("splat_backward", want_grads)
 
@@ -178,6 +180,44 @@ def run(kernels=None) -> dict[str, float]:
                 CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("points_backward", want_grads_at)
+    return errors | longest_row_of_32_bits(kernels)
+
+
+def longest_row_of_32_bits(kernels) -> dict[str, float]:
+    """Errors at the end of a row as long as positions of 32 bits are used for."""
+    g = torch.Generator().manual_seed(1)
+    w, big_w = LONGEST, LONGEST * 9 // 8
+    assert not kernels._wide(1, w, 1, big_w) and kernels._wide(1, w, 1, big_w * 21 // 20)
+
+    def rand(*shape):
+        return torch.rand(1, 1, *shape, 1, w, generator=g)
+
+    inputs = [rand(1) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5]
+    leaves = [t.double().requires_grad_() for t in inputs]
+    grad = torch.randn(1, 1, 1, big_w, generator=g)
+    true = reference.splat(*leaves[:4], (1, big_w), leaves[4], R, False, EPS)
+    true_grads = torch.autograd.grad(true, leaves, grad.double())
+    out = torch.full((1, 1, 1, big_w), float("nan"))
+    gradients = [torch.full_like(t, float("nan")) for t in inputs]
+    shared = {
+        "K": 1, "C": 1, "CP": 1, "R": R, "NORMALIZE": False, "HAS_OFFSET": True, "WIDE": False,
+        "CELLS": CELLS,
+    }  # fmt: skip
+    last = (w - 1) // CELLS
+    with program(last, 0, 0):
+        kernels.splat_forward[(1, 1, 1)](
+            *inputs, grad, out, 1, w, 1, big_w, 0, 1, 0, 1, 1, EPS,
+            PREPARE=False, PY=1, PX=2, **shared,
+        )  # fmt: skip
+        kernels.splat_backward[(1, 1, 1)](
+            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 2, PX=2, **shared
+        )
+    names = ["out", *(f"d_{name}" for name in INPUTS)]
+    errors = {}
+    for name, ours, t in zip(names, [out, *gradients], [true, *true_grads], strict=True):
+        end = (w - last * CELLS - 1) * ours.shape[-1] // w  # the program's own, whole cells
+        difference = (ours.double() - t.detach())[..., -end:].abs().max().item()
+        errors[f"32 bits: {name}"] = difference / t.abs().max().item()
     return errors
 
 

@@ -1,9 +1,9 @@
-"""Puts faults into the splat kernels, one at a time, and asks which of the cases notices.
+"""Puts faults into the kernels, one at a time, and asks which of the cases notices.
 
     TRITON_INTERPRET=1 python tests/mutations.py            # a table; exit status 1 if one survives
 
-A fault is a piece of text of kernels/splat.py and what replaces it. Text that is not found exactly
-as often as stated is an error: the source has changed, and the fault has to be stated again. Every
+A fault is a piece of text of a file in kernels/ and what replaces it. Text that is not found as
+often as stated is an error: the source has changed, and the fault has to be stated again. Every
 fault runs in a process forked for it, since some of them write where they should not.
 """
 
@@ -20,16 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE.parent / "kernels" / "splat.py"
+KERNELS = HERE.parent / "kernels"
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import far_addresses  # noqa: E402
 import kernel_cases  # noqa: E402
 import torch  # noqa: E402
+import window_cases  # noqa: E402
 
 FAR = "far addresses"
 # Quick ones; a fault is first tried on those that it names itself.
-QUICK = ["x2", "C5 R2", "C2", "rows within a cell", "at outside", "at ties", "at R2, no offset"]
+QUICK = {
+    "splat.py": ["x2", "C5 R2", "C2", "rows within a cell", "at outside", "at ties",
+                 "at R2, no offset", FAR],
+    "windows.py": ["odd and unequal", "more columns than a block", "bfloat16"],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Fault:
     new: str
     cases: tuple[str, ...] = ()
     times: int = 1  # how often the text occurs; all are replaced
+    file: str = "splat.py"
 
 
 FAULTS = [
@@ -73,7 +79,8 @@ FAULTS = [
           "exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)\n        row",
           "exists = (ii >= 0) & (ii < h) & (jj < w)\n        row"),
     Fault("rows before the first wanted stored", " & (y >= row0)", "", ("rows across cells",)),
-    Fault("rows counted from the picture's top", "line = (y - row0) * big_w", "line = y * big_w",
+    Fault("rows counted from the picture's top", "line = (y - row0).to(tl.int64) * big_w",
+          "line = y.to(tl.int64) * big_w",
           ("rows within a cell",)),
     Fault("normaliser's term missing",
           "d_weight -= tl.load(grad + last + x, inside, other=0.0)", "pass"),
@@ -103,14 +110,38 @@ FAULTS = [
     # ---- widths
     Fault("rho left in 16 bits", "r = tl.load(rho + one + j, exists, other=0.0).to(tl.float32)",
           "r = tl.load(rho + one + j, exists, other=0.0)", ("float16",)),
-    Fault("planes of 32 bits", "plane, size = h * w, rows * big_w",
-          "plane, size = (h * w).to(tl.int32), (rows * big_w).to(tl.int32)", (FAR,)),
+    Fault("planes of 32 bits", "plane, size = h.to(tl.int64) * w, big_w.to(tl.int64) * rows",
+          "plane, size = h.to(tl.int32) * w.to(tl.int32), big_w.to(tl.int32) * rows", (FAR,)),
+    Fault("64 bits wanted too late", " >= 2**31", " >= 2**34", (FAR,)),
     Fault("Gaussian's plane of 32 bits", "one = g * plane + row\n    two = one + g * plane  #",
           "one = (g * plane).to(tl.int32) + row\n    two = one + g * plane  #", (FAR,)),
     Fault("at: output offsets of 32 bits", "place = (b * queries + q)[None, :] * C",
           "place = (b * queries + q).to(tl.int32)[None, :] * C", (FAR,)),
     Fault("at: gradient's offsets of 32 bits", "grad + q[None, :] * planes",
           "grad + q.to(tl.int32)[None, :] * planes", (FAR,)),
+    # ---- windows
+    *(
+        Fault(f"windows: {name}", old, new, file="windows.py", times=times)
+        for name, old, new, times in [
+            ("window's rows and columns swapped", "(n // WINDOW * WINDOW * columns + n % WINDOW)",
+             "(n % WINDOW * WINDOW * columns + n // WINDOW)", 1),
+            ("kernel's taps transposed", "(n * TAPS + ta) * TAPS + tb",
+             "(n * TAPS + tb) * TAPS + ta", 1),
+            ("one pixel late", "shift_y = (1.0 - 2.0 * (n // WINDOW) / WINDOW) * (ky - 1)",
+             "shift_y = (1.0 - 2.0 * (n // WINDOW) / WINDOW) * ky", 1),
+            ("not clamped above", "product = tl.minimum(tl.maximum(product, 0.0), 1.0)",
+             "product = tl.maximum(product, 0.0)", 1),
+            ("gradient through the clamp", "tl.where((product >= 0.0) & (product <= 1.0), g, 0.0)",
+             "tl.where(product <= 1.0, g, 0.0)", 1),
+            ("last windows lost", "(m < count)[None, :]", "(m < count - 1)[None, :]", 3),
+            ("last pixels lost", "pixel < ky * kx", "pixel < ky * kx - 1", 4),
+            ("last block of pixels not gathered", "range(0, ky * kx, PIXELS)",
+             "range(0, ky * kx - PIXELS, PIXELS)", 1),
+            ("last block of a part not gathered", "part * blocks + blocks)",
+             "part * blocks + blocks - 1)", 1),
+            ("windows of the next row", "wide // columns % rows", "wide // rows % columns", 1),
+        ]
+    ),
 ]  # fmt: skip
 
 
@@ -118,7 +149,7 @@ def mutated(fault: Fault, source: str) -> str:
     found = source.count(fault.old)
     if found != fault.times:
         raise SystemExit(
-            f"{fault.name}: the text to replace occurs {found} times in {SOURCE.name}, "
+            f"{fault.name}: the text to replace occurs {found} times in {fault.file}, "
             f"not {fault.times}:\n{fault.old}"
         )
     return source.replace(fault.old, fault.new)
@@ -136,6 +167,7 @@ def hunt(path: Path, names: list[str], pipe) -> None:
     # Python's complaints about arithmetic on what should not have been read.
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         kernels = load(path)
+        torch.use_deterministic_algorithms(True)  # new memory holds NaN: a lost store shows
         by_name = {case.name: case for case in kernel_cases.CASES}
         for name in names:
             pipe.send(("running", name))
@@ -144,6 +176,8 @@ def hunt(path: Path, names: list[str], pipe) -> None:
                     errors = far_addresses.run(kernels)
                     limit = far_addresses.TOLERANCE
                     wrong = [f"{k} {v:.2g}" for k, v in errors.items() if not v <= limit]
+                elif path.name == "windows.py":
+                    wrong = window_cases.failures(window_cases.run_case(name, windows=kernels))
                 else:
                     case = by_name[name]
                     wrong = kernel_cases.failures(case, kernel_cases.run_case(case, "cpu", kernels))
@@ -155,11 +189,13 @@ def hunt(path: Path, names: list[str], pipe) -> None:
         pipe.send(("survived", None))
 
 
-def verdict(source: str, fault: Fault | None, folder: Path) -> tuple[str, str] | None:
-    """(case, what it saw), or None if no case failed."""
-    path = folder / "splat.py"
-    path.write_text(source)
-    names = [*fault.cases, *QUICK] if fault else [*QUICK, FAR]
+def verdict(
+    file: str, text: str, folder: Path, cases: tuple[str, ...] = ()
+) -> tuple[str, str] | None:
+    """(case, what it saw) for `file` with that text, or None if no case failed."""
+    path = folder / file
+    path.write_text(text)
+    names = [*cases, *QUICK[file]]
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=hunt, args=(path, names, theirs))
     process.start()
@@ -187,20 +223,21 @@ def main(argv=None) -> int:
         parser.error("set TRITON_INTERPRET=1: the faults are run on the interpreter")
     torch.set_num_threads(1)  # a forked process has no other threads
     importlib.import_module("triton")
-    source = SOURCE.read_text()
-    texts = [(fault, mutated(fault, source)) for fault in FAULTS]
+    sources = {file: (KERNELS / file).read_text() for file in QUICK}
+    texts = [(fault, mutated(fault, sources[fault.file])) for fault in FAULTS]
     survivors = 0
     with tempfile.TemporaryDirectory() as name:
-        if (found := verdict(source, None, Path(name))) is not None:
-            print(f"The kernels as they are fail already: {found}")
-            return 1
+        for file, source in sources.items():
+            if (found := verdict(file, source, Path(name))) is not None:
+                print(f"{file} as it is fails already: {found}")
+                return 1
         for fault, text in texts:
             if arguments.select and not any(part in fault.name for part in arguments.select):
                 continue
-            found = verdict(text, fault, Path(name))
+            found = verdict(fault.file, text, Path(name), fault.cases)
             survivors += found is None
             where, what = found or ("NOT CAUGHT", "")
-            print(f"{fault.name:42} {where:22} {what.splitlines()[0] if what else ''}", flush=True)
+            print(f"{fault.name:42} {where:26} {what.splitlines()[0] if what else ''}", flush=True)
     print(f"{survivors} not caught")
     return bool(survivors)
 

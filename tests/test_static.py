@@ -13,9 +13,13 @@ pytest.importorskip("triton", reason="triton is not installed: nothing compiles 
 
 from bench import static  # noqa: E402
 
-# Of 64 KiB (gfx942) to 227 KiB (sm_90): several programs have to fit at a time.
-SHARED = 16 << 10
-KERNELS = ("splat_forward", "splat_backward", "points_forward", "points_backward")
+# Bytes, of 64 KiB (gfx942) to 227 KiB (sm_90): several programs have to fit at a time. A product
+# keeps its operands there, on sm_100 with a few bytes of barriers besides.
+SHARED = {"splat": 16 << 10, "points": 16 << 10, "windows": (32 << 10) + 64}
+KERNELS = (
+    "splat_forward", "splat_backward", "points_forward", "points_backward",
+    "windows_weights", "windows_forward", "windows_backward_features", "windows_backward_weights",
+)  # fmt: skip
 TARGETS = pytest.mark.parametrize("target", static.TARGETS)
 
 
@@ -27,9 +31,9 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        if target != "sm_90" and constants["R"] == 2:
+        if target != "sm_90" and constants.get("R") == 2:
             continue  # the radius is but the length of a loop: on one architecture it is enough
-        use = name, constants["K"], constants["C"], constants["R"], constants.get("PREPARE")
+        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE"))
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
     return list(found.values())
@@ -41,7 +45,8 @@ def over_the_ceilings(target, configurations, values="fp32"):
     wrong = []
     for name, constants, warps in configurations:
         found = static.resources(static.compile_kernel(name, constants, target, warps, values))
-        if found["spills"] or found["stack"] or found["shared"] > SHARED:
+        limit = SHARED[name.split("_")[0]]
+        if found["spills"] or found["stack"] or found["shared"] > limit:
             wrong.append((name, constants, warps, found))
     return wrong
 
@@ -68,12 +73,12 @@ def test_other_numbers_of_gaussians(target, gaussians):
     of_direct = [
         (name, constants | {"K": gaussians}, warps)
         for name, constants, warps in largest_blocks(target)
-        if constants["C"] == 3 and constants["R"] == 1
+        if constants.get("C") == 3 and constants["R"] == 1
     ]
     assert over_the_ceilings(target, of_direct) == []
 
 
-def test_all_four_kernels_are_shipped_to_every_target():
+def test_all_kernels_are_shipped_to_every_target():
     for target in static.TARGETS:
         assert {name for name, _, _ in static.shipped(target)} == set(KERNELS)
 
@@ -96,17 +101,26 @@ def test_no_atomics(ptx):
 
 def test_multiplications_and_additions_are_fused(ptx):
     """Triton 3.10 stops doing so unless it is told; `gsr/kernels.py` tells it."""
-    for name, text in ptx.items():
+    for name in ("splat_forward", "splat_backward", "points_forward", "points_backward"):
+        text = ptx[name]
         fused, apart = (len(re.findall(rf"\b{op}\S*\.f32", text)) for op in ("fma", "add"))
         assert fused > apart, name
 
 
-@pytest.mark.parametrize(
-    "name", ["splat_forward", "splat_backward", "points_forward", "points_backward"]
-)
-def test_sizes_of_one_are_numbers_like_any_other(name):
-    """Triton makes a constant of an argument that is 1; the kernels widen sizes to 64 bits."""
-    from gsr.kernels import splat
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_arguments_that_are_1(kernel):
+    """Triton makes a constant of a number that is 1, and a Python number has no `.to(tl.int64)`.
 
-    sizes = [p for p in getattr(splat, name).params if p.name in ("h", "w", "big_h", "big_w")]
-    assert sizes and all(p.do_not_specialize for p in sizes)
+    The interpreter knows nothing of this. What is meant to be widened must not be specialized.
+    """
+    name, constants, warps = next(c for c in largest_blocks("sm_90") if c[0] == kernel)
+    function = static.kernel_of(name)
+    others = {*static.STORED, *static.POINTERS, "eps"}
+    numbers = {
+        p.name: 1
+        for p in function.params
+        if not p.is_constexpr and not p.do_not_specialize and p.name not in others
+    }
+    for wide in (False, True) if "WIDE" in function.arg_names else (None,):
+        constants = constants if wide is None else {**constants, "WIDE": wide}
+        static.compile_kernel(name, constants | numbers, "sm_90", warps)
