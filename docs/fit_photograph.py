@@ -1,6 +1,6 @@
 """`gsr.ops.splat` on its own: fit Gaussians to a photograph by gradient descent.
 
-python docs/fit_photograph.py assets/demo.png fitted.png
+python docs/fit_photograph.py assets/demo.png fitted.png [STEPS]
 """
 
 import sys
@@ -19,7 +19,7 @@ shape = torch.zeros(1, k, 6, h, w)  # sigma (2), offset (2), rho, opacity before
 shape[:, :, 2:4].uniform_(-1, 1)
 shape.requires_grad_()
 adam = torch.optim.Adam([{"params": colour, "lr": 0.03}, {"params": shape, "lr": 0.06}])
-for step in range(301):
+for step in range(int(sys.argv[3]) + 1 if len(sys.argv) > 3 else 301):
     sigma, offset = 0.1 + 0.5 * shape[:, :, :2].sigmoid(), 0.7 * shape[:, :, 2:4].tanh()
     rho, opacity = 0.9 * shape[:, :, 4].tanh(), shape[:, :, 5].sigmoid()
     picture = splat(colour, sigma, rho, opacity, size, offset, radius=1, eps=1e-3)

@@ -1,7 +1,14 @@
 """The operators as PyTorch sees them: schema, fake, autograd, compile, export. On the CPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gsr import reference
 from gsr.ops import splat, splat_at, splat_windows
@@ -154,3 +161,21 @@ def test_types_and_devices_must_agree():
         splat_at(*tensors, points.long())
     with pytest.raises(ValueError, match="floating"):
         splat(*[t.detach().long() for t in tensors], (9, 7))
+
+
+def test_the_example_fits_a_photograph(tmp_path):
+    """docs/fit_photograph.py in small: the picture it writes is close to the photograph."""
+    root = Path(__file__).parents[1]
+    with Image.open(root / "assets" / "demo.png") as photo:
+        small = photo.convert("RGB").crop((60, 60, 120, 108))
+    small.save(tmp_path / "photo.png")
+    done = subprocess.run(
+        [sys.executable, "docs/fit_photograph.py", tmp_path / "photo.png", tmp_path / "out.png",
+         "100"],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    fitted = np.asarray(Image.open(tmp_path / "out.png"), dtype=float)
+    error = np.square(fitted - np.asarray(small, dtype=float)).mean()
+    print(done.stdout, 10 * np.log10(255**2 / error))
+    assert 10 * np.log10(255**2 / error) > 25
