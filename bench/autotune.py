@@ -69,7 +69,7 @@ def select(found: list[dict], timer: Callable[[dict], float]) -> tuple[dict, flo
     for config in found:
         try:
             t = timer(config)
-        except RuntimeError as error:  # the launch asked for more than the device has
+        except (RuntimeError, *_triton_errors()) as error:  # more asked than the device has
             print(f"  {config}: {error}")
             continue
         if t < seconds:
@@ -77,6 +77,15 @@ def select(found: list[dict], timer: Callable[[dict], float]) -> tuple[dict, flo
     if best is None:
         raise InputError("none of the candidates runs on this device")
     return best, seconds
+
+
+def _triton_errors() -> tuple:
+    """What Triton raises, none of which is a RuntimeError."""
+    try:
+        from triton.runtime.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
 
 
 def survivors(use, kind: str, scale: int, arch: str) -> list[dict]:
@@ -170,10 +179,11 @@ def main(argv=None) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     arch = configs.architecture(device)
     path, rows, tuned = args.output or configs.tuned_file(), [], {}
-    if path.exists():  # other devices' winners stay
+    if path.exists():  # what is not tuned anew stays
         old = schema.load(path)
-        rows = [r for r in old["rows"] if r["config"] is not None and r["provider"] != arch]
-        tuned = {k: v for k, v in old["configs"].items() if not k.startswith(f"{arch}/")}
+        anew = {f"{use.name} {kind} x{scale}" for use, kind, scale in work}
+        rows = [r for r in old["rows"] if r["provider"] != arch or r["case"] not in anew]
+        tuned = dict(old["configs"])
     for use, kind, scale in work:
         left = survivors(use, kind, scale, arch)
         config, seconds = select(left, gpu_timer(use, kind, scale, device))

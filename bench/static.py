@@ -67,36 +67,46 @@ CELLS = range(1, 10)  # HR pixels of a cell along an axis; beyond the last bucke
 
 
 def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
-    """(kernel, constants, num_warps) of every configuration that kernels/configs.py gives `USES`.
+    """(kernel, constants, num_warps) of every configuration that the models' uses are given.
 
     `arch` names one of `TARGETS`; None is what any architecture gets.
     """
-    found = {}
-
-    def add(name, use, config, **more):
-        constants = {**(use.constants() if use else WINDOWS), **config, **more}
-        warps = constants.pop("num_warps")
-        found[name, warps, tuple(sorted(constants.items()))] = (name, constants, warps)
-
+    found = []
     for a in TARGETS if arch is None else [arch]:
-        for use in USES:
-            for cy in CELLS:
-                for cx in CELLS:
-                    for prepare, kind in enumerate(("forward", "prepare")):
-                        config = configs.choose_splat(kind, a, cy, cx, use.C)
-                        add("splat_forward", use, config, PREPARE=bool(prepare))
-                    config = configs.choose_splat("backward", a, cy, cx, use.C)
-                    add("splat_backward", use, config)
-            for prepare in (False, True):
-                config = configs.choose_points("forward", a)
-                add("points_forward", use, config, PREPARE=prepare)
-            add("points_backward", use, configs.choose_points("backward", a))
+        found += [one for use in USES for one in configurations(a, use)]
         # num_warps is Triton's own choice there.
-        add("windows_weights", None, {"num_warps": 4}, TAPS=TAPS)
-        add("windows_forward", None, configs.choose_windows("forward", a))
-        for name in ("windows_backward_features", "windows_backward_weights"):
-            add(name, None, configs.choose_windows("backward", a))
-    return list(found.values())
+        found.append(("windows_weights", {**WINDOWS, "TAPS": TAPS}, 4))
+        for name in ("windows_forward", "windows_backward_features", "windows_backward_weights"):
+            config = configs.choose_windows(name.split("_")[1], a)
+            warps = config.pop("num_warps")
+            found.append((name, {**WINDOWS, **config}, warps))
+    return _distinct(found)
+
+
+def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
+    """(kernel, constants, num_warps) of what kernels/configs.py gives one use at any scale."""
+    found = []
+
+    def add(name, config, **more):
+        constants = {**use.constants(), **config, **more}
+        found.append((name, constants, constants.pop("num_warps")))
+
+    cells = [(cy, cx, False) for cy in CELLS for cx in CELLS]
+    cells += [(cy, cx, True) for cy, cx in ((2, 2), (4, 4), (1, 8), (8, 1))]
+    for cy, cx, wide in cells:
+        more = {"WIDE": True} if wide else {}
+        for prepare, kind in enumerate(("forward", "prepare")):
+            config = configs.choose_splat(kind, arch, cy, cx, use.C, wide)
+            add("splat_forward", config, PREPARE=bool(prepare), **more)
+        add("splat_backward", configs.choose_splat("backward", arch, cy, cx, use.C, wide), **more)
+    for prepare in (False, True):
+        add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
+    add("points_backward", configs.choose_points("backward", arch))
+    return _distinct(found)
+
+
+def _distinct(found: list) -> list:
+    return list({(n, w, tuple(sorted(c.items()))): (n, c, w) for n, c, w in found}.values())
 
 
 # ---- compiling ----------------------------------------------------------------------------------
@@ -436,16 +446,23 @@ def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: 
         "windows_backward_features": (blocks_m, blocks_p, 2),
         "windows_backward_weights": (blocks_p * -(-blocks_m // each), each, 2),
     }[name]
-    loops = sum(inner.mix.total() for inner in code.inner)
-    issued = programs * num_warps * (code.mix.total() + trips * loops)
+    assert not any(loop.inner for loop in code.inner)
+    mix = Counter(code.mix)
+    for loop in code.inner:
+        mix.update({op: n * trips for op, n in loop.mix.items()})
+    warps, on = programs * num_warps, chip.sms * chip.clock
     block = constants["PIXELS"] * constants["COLUMNS"] * constants["NP"]
     features, out = 8 * h * w * side**2, pixels * columns
     moved = 4 * (out + features * (1 + (name == "windows_backward_features")))
     return {
         "memory": moved / chip.bandwidth,
-        # A multiply-add is two operations, a float32 product three of tf32.
-        "tensor": 2 * 3 * products * block * programs * trips / chip.tf32,
-        "issue": issued / chip.sms / chip.clock / ISSUE,
+        # A multiply-add is two operations, a float32 product three of tf32. Warps may repeat one
+        # another's: then there are more instructions of 16 x 8 x 8 than the formula needs.
+        "tensor": max(6 * products * block * programs * trips, 2048 * mix["HMMA"] * warps)
+        / chip.tf32,
+        # At least: a load or store for one line of 128 bytes.
+        "load": sum(mix[op] for op in PIPES["load"]) * warps / on / LOAD,
+        "issue": mix.total() * warps / on / ISSUE,
     }
 
 
@@ -495,6 +512,7 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     """A row's case and sizes."""
     family, kind = kernel.split("_", 1)
     kind = "prepare" if constants.get("PREPARE") else kind.replace("_", " ")
+    kind += " wide" if constants.get("WIDE") else ""
     if family == "windows":
         return f"official {kind}", {"WINDOW": constants["WINDOW"]}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))

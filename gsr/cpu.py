@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,17 +40,18 @@ def forward(
     radius: int,
     normalize: bool,
     eps: float,
+    band: tuple[int, int] | None = None,  # (top, height of the LR picture)
 ) -> Tensor:
     """`gsr.reference.splat`: [B, C, last - first, W]."""
-    where = _Rows(*size, *((0, size[0]) if rows is None else rows))
+    where = _Rows(*size, *(rows or (0, size[0])), *(band or (0, values.shape[-2])))
     return _forward((values, sigma, rho, opacity, offset), where, radius, normalize, eps)
 
 
 def backward(
-    grad: Tensor, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps
+    grad: Tensor, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of values, sigma, rho, opacity and offset from that of `forward`'s result."""
-    where = _Rows(*size, *((0, size[0]) if rows is None else rows))
+    where = _Rows(*size, *(rows or (0, size[0])), *(band or (0, values.shape[-2])))
     return _backward(grad, (values, sigma, rho, opacity, offset), where, radius, normalize, eps)
 
 
@@ -126,12 +127,14 @@ def _loops():
 
 @dataclass
 class _Rows:
-    """HR rows first ... last - 1 of a picture H x W."""
+    """HR rows first ... last - 1 of a picture H x W, from LR rows top ... of `tall` ones."""
 
     height: int
     width: int
     first: int
     last: int
+    top: int
+    tall: int
 
     along = 2  # the dimension of a result that pieces divide
 
@@ -142,6 +145,10 @@ class _Rows:
         plane = (self.last - self.first) * self.width
         return c * plane, plane, 1
 
+    def shifted(self, h):
+        """The LR rows missing above the tensors' first one, and the height of the LR picture."""
+        return self.top, self.tall
+
     def cells(self, loops, b, h, w, dtype):
         """As gsr.cpu_loops.Cells, and the first and last LR row that have pixels."""
         row, y, top = _axis(h, self.height)
@@ -151,12 +158,12 @@ class _Rows:
         return loops.Cells(top, left, none, none, y, x), row[self.first], row[self.last - 1]
 
     def piece(self, start, stop):
-        return _Rows(self.height, self.width, self.first + start, self.first + stop)
+        return replace(self, first=self.first + start, last=self.first + stop)
 
     def reference(self, values, sigma, rho, opacity, offset, radius, normalize, eps):
-        size, rows = (self.height, self.width), (self.first, self.last)
+        size, rows, band = (self.height, self.width), (self.first, self.last), (self.top, self.tall)
         return reference.splat(
-            values, sigma, rho, opacity, size, offset, radius, normalize, eps, rows
+            values, sigma, rho, opacity, size, offset, radius, normalize, eps, rows, band
         )
 
 
@@ -171,6 +178,9 @@ class _Points:
 
     def layout(self, c):
         return self.points.shape[1] * c, 1, c
+
+    def shifted(self, h):
+        return 0, h
 
     def cells(self, loops, b, h, w, dtype):
         last = torch.tensor([h - 1, w - 1])
@@ -214,8 +224,11 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     return tensor.detach().to(dtype).contiguous().view(-1).numpy()
 
 
-def _planes(field, dtype: torch.dtype) -> tuple[np.ndarray, list[Tensor]]:
+def _planes(field, dtype: torch.dtype, top: int) -> tuple[np.ndarray, list[Tensor]]:
     """Addresses of the planes [h, w] of all parameters, and the tensors that own them.
+
+    Addresses are those that row 0 of the picture would have; the tensors start at row `top`, and
+    the loops touch no row above it.
 
     Flat [B, K, 6 + C] in the order of the loops: offset, sigma, rho, opacity, values; 0 where there
     is no offset.
@@ -232,7 +245,7 @@ def _planes(field, dtype: torch.dtype) -> tuple[np.ndarray, list[Tensor]]:
             tensor = tensor.contiguous()
         steps = np.ogrid[:b, :k, : tensor.shape[2]]
         elements = sum(n * stride for n, stride in zip(steps, tensor.stride(), strict=False))
-        addresses.append(tensor.data_ptr() + tensor.element_size() * elements)
+        addresses.append(tensor.data_ptr() + tensor.element_size() * (elements - top * w))
         owners.append(tensor)
     return np.concatenate(addresses, axis=2).ravel(), owners
 
@@ -278,11 +291,12 @@ def _weights(field, where, radius) -> int:
 
 def _splat(loops, out, field, where, radius, normalize, eps):
     b, k, c, h, w = field[0].shape
+    top, h = where.shifted(h)
     target = out.view(-1).numpy()
     cells, first, last = where.cells(loops, b, h, w, out.dtype)
     shape, layout = loops.Shape(k, h, w, radius), loops.Layout(*where.layout(c))
     for part in _parts(c):
-        planes, _owners = _planes((field[0][:, :, part], *field[1:]), out.dtype)
+        planes, _owners = _planes((field[0][:, :, part], *field[1:]), out.dtype, top)
         task = functools.partial(
             loops.splat, target[part.start * layout.channel :], planes, _channels(part), cells,
             shape, layout, bool(normalize), float(eps),
@@ -292,6 +306,7 @@ def _splat(loops, out, field, where, radius, normalize, eps):
 
 def _gradients(loops, grad, field, where, radius, normalize, eps, dtype):
     b, k, c, h, w = field[0].shape
+    top, h = where.shifted(h)
     source = _flat(grad, dtype)
     cells, first, last = where.cells(loops, b, h, w, dtype)
     shape, layout = loops.Shape(k, h, w, radius), loops.Layout(*where.layout(c))
@@ -302,7 +317,7 @@ def _gradients(loops, grad, field, where, radius, normalize, eps, dtype):
     def of(part):
         given = (field[0][:, :, part], *field[1:])
         made = [None if t is None else torch.zeros(t.shape, dtype=dtype) for t in given]
-        (out, _), (planes, _owners) = _planes(made, dtype), _planes(given, dtype)
+        (out, _), (planes, _owners) = _planes(made, dtype, top), _planes(given, dtype, top)
         channels = _channels(part)
         notes = np.empty(begin[-1, -1] * (3 + len(channels)) * loops.LANES, source.dtype)
         note = functools.partial(

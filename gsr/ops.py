@@ -34,6 +34,7 @@ def splat(
     normalize: bool = True,
     eps: float = 1e-6,
     rows: tuple[int, int] | None = None,
+    band: tuple[int, int] | None = None,
 ) -> Tensor:
     """Splat K Gaussians per LR pixel onto an HR grid of `size`: [B, C, H, W].
 
@@ -47,11 +48,15 @@ def splat(
         radius: each HR pixel sums over the (2 radius + 1)^2 nearest LR pixels.
         normalize: divide by the total weight plus `eps`.
         rows: (first, last): only these rows, [B, C, last - first, W].
+        band: (top, height): the tensors hold only the rows from `top` on, h of them, of a picture
+            that is `height` LR pixels high; those within `radius` of the HR rows must be among them
+            (`rows_needed` says which).
 
     All tensors have one floating type and device. Sums and geometry are at least float32.
 
     Raises:
-        ValueError: a shape, type or device does not fit, or `rows` are not rows of the picture.
+        ValueError: a shape, type or device does not fit, `rows` are not rows of the picture, or the
+            band lacks LR rows.
 
     Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.reference.splat_at`.
     """
@@ -59,7 +64,21 @@ def splat(
     rows = (0, size[0]) if rows is None else rows
     if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
         raise ValueError(f"rows {tuple(rows)} are not rows of a picture of size {tuple(size)}")
-    return _splat(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps)
+    h = values.shape[-2]
+    top, height = band = (0, h) if band is None else band
+    first, last = rows_needed(rows, height, size[0], radius)
+    if not (0 <= top <= first and last <= top + h <= height):
+        raise ValueError(
+            f"HR rows {tuple(rows)} need LR rows {first} to {last - 1} of {height}, but the "
+            f"tensors hold rows {top} to {top + h - 1}"
+        )
+    return _splat(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band)
+
+
+def rows_needed(rows: tuple[int, int], h: int, h_hr: int, radius: int) -> tuple[int, int]:
+    """First and end of the LR rows, of h, within `radius` of those nearest to HR rows, of h_hr."""
+    first, last = ((2 * y + 1) * h // (2 * h_hr) for y in (rows[0], rows[1] - 1))
+    return max(first - radius, 0), min(last + radius + 1, h)
 
 
 def splat_at(
@@ -190,14 +209,16 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _splat(
     values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
     size: Sequence[int], rows: Sequence[int], radius: int, normalize: bool, eps: float,
+    band: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return _form(values).forward(
-        values, sigma, rho, opacity, offset, tuple(size), tuple(rows), radius, normalize, eps
-    )
+        values, sigma, rho, opacity, offset, tuple(size), tuple(rows), radius, normalize, eps,
+        tuple(band),
+    )  # fmt: skip
 
 
 @_splat.register_fake
-def _(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps):
+def _(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
     return values.new_empty(values.shape[0], values.shape[2], rows[1] - rows[0], size[1])
 
 
@@ -205,17 +226,17 @@ def _(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps):
 def _splat_backward(
     grad: Tensor, values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor,
     offset: Tensor | None, size: Sequence[int], rows: Sequence[int], radius: int,
-    normalize: bool, eps: float,
+    normalize: bool, eps: float, band: Sequence[int],
 ) -> Five:  # fmt: skip
     tensors = (values, sigma, rho, opacity, offset)
     gradients = _form(values).backward(
-        grad.contiguous(), *tensors, tuple(size), tuple(rows), radius, normalize, eps
+        grad.contiguous(), *tensors, tuple(size), tuple(rows), radius, normalize, eps, tuple(band)
     )
     return _fill(gradients, tensors)
 
 
 @_splat_backward.register_fake
-def _(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps):
+def _(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
     return _like(values, sigma, rho, opacity, offset)
 
 
@@ -281,7 +302,8 @@ def _splat_windows_backward(
     down, along = (reference.window_placement(k, window, taps, d_weights) for k in side)
     d_weights = d_weights.reshape(*side, window, window)
     d_kernels = torch.einsum("ijyx,yai,xbj->yxab", d_weights, down, along)
-    return d_features.to(features.dtype), d_kernels.reshape(kernels.shape).to(kernels.dtype)
+    d_kernels = d_kernels.reshape(kernels.shape).contiguous()
+    return d_features.to(features.dtype), d_kernels.to(kernels.dtype)
 
 
 def _windows_backward(grad, features, kernels, side) -> tuple[Tensor, Tensor]:
@@ -302,7 +324,9 @@ def _windows_backward(grad, features, kernels, side) -> tuple[Tensor, Tensor]:
 
 @_splat_windows_backward.register_fake
 def _(grad, features, kernels, side):
-    return torch.empty_like(features), torch.empty_like(kernels)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, kernels)
+    )
 
 
 # ---- autograd -----------------------------------------------------------------------------------

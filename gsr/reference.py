@@ -39,20 +39,24 @@ def splat_at(
     radius: int = 3,
     normalize: bool = True,
     eps: float = 1e-6,
+    band: tuple[int, int] | None = None,
 ) -> Tensor:
     """Sum of the Gaussians of the (2 radius + 1)^2 LR pixels nearest to each point: [B, Q, C].
 
     With d = point - (pixel + offset), u = d / sigma (component by component) and
     q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2) and
     the result is sum(w value), divided by sum(w) + eps if `normalize`. LR pixels outside the
-    picture do not take part. (GaussianSR, AAAI 2025, section 3: a 2D Gaussian by sigma and rho.)
+    picture do not take part. With `band` (top, height) the tensors hold only the rows from `top` on
+    of a picture that is `height` LR pixels high, and no point needs others. (GaussianSR, AAAI 2025,
+    section 3: a 2D Gaussian by sigma and rho.)
     """
     b, k, c, h, w = values.shape
+    top, height = band or (0, h)
     offset = torch.zeros_like(sigma) if offset is None else offset
     gaussians = torch.cat([values, sigma, offset, rho[:, :, None], opacity[:, :, None]], dim=2)
 
     nearest = torch.floor(points + 0.5)
-    inside = torch.tensor([h - 1, w - 1], dtype=nearest.dtype, device=nearest.device)
+    inside = torch.tensor([height - 1, w - 1], dtype=nearest.dtype, device=nearest.device)
     nearest = nearest.clamp(min=torch.zeros_like(inside), max=inside)
     steps = torch.arange(-radius, radius + 1, device=points.device)
     steps = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1).reshape(-1, 2)
@@ -62,7 +66,7 @@ def splat_at(
 
     pixel = pixel.clamp(min=torch.zeros_like(inside).long(), max=inside.long())
     image = torch.arange(b, device=points.device)[:, None, None]
-    row = (image * h + pixel[..., 0]) * w + pixel[..., 1]
+    row = (image * h + (pixel[..., 0] - top).clamp(0, h - 1)) * w + pixel[..., 1]
     table = rearrange(gaussians, "b k p h w -> (b h w) (k p)")
     near = table.index_select(0, row.reshape(-1)).reshape(*row.shape, k, c + 6)
     value, s, o, r, alpha = near.split([c, 2, 2, 1, 1], dim=-1)
@@ -86,14 +90,16 @@ def splat(
     normalize: bool = True,
     eps: float = 1e-6,
     rows: tuple[int, int] | None = None,
+    band: tuple[int, int] | None = None,
 ) -> Tensor:
     """`splat_at` at every pixel centre of an HR picture of `size` (H, W): [B, C, H, W].
 
     `rows` (first, last) gives only those rows of it, [B, C, last - first, W].
     """
     b, _, _, h, w = values.shape
-    points = grid_points(h, w, size, rows, values.device).expand(b, -1, -1)
-    out = splat_at(values, sigma, rho, opacity, points, offset, radius, normalize, eps)
+    height = h if band is None else band[1]
+    points = grid_points(height, w, size, rows, values.device).expand(b, -1, -1)
+    out = splat_at(values, sigma, rho, opacity, points, offset, radius, normalize, eps, band)
     return rearrange(out, "b (y x) c -> b c y x", x=size[1])
 
 

@@ -43,23 +43,20 @@ def _grid(*rows: str) -> dict:
 PIXELS_16 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x8", "4x1 4x2 4x4 4x4", "8x1 8x2 8x2 8x2")
 PIXELS_8 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "8x1 8x1 8x1 8x1")
 PIXELS_4 = _grid("1x1 1x2 1x4 1x4", "2x1 2x2 2x2 2x2", "4x1 4x1 4x1 4x1", "4x1 4x1 4x1 4x1")
-PIXELS_2 = _grid("1x1 1x2 1x2 1x2", "2x1 2x1 2x1 2x1", "2x1 2x1 2x1 2x1", "2x1 2x1 2x1 2x1")
 
-# By architecture and channels; beyond 32 channels one pixel at a time.
+# By architecture and channels, of which a launch takes 16 at most.
 FORWARD = {
-    "default": {4: PIXELS_16, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2},
+    "default": {4: PIXELS_16, 8: PIXELS_8, 16: PIXELS_4},
     # Shared memory, where results change layout before they are stored, is 64 KiB for all warps of
     # a compute unit and goes with the pixels: 8 a thread leave room for 8 warps, 16 for 4.
     "gfx942": {4: PIXELS_8},
-    # 8x2 and 2x8 spill there.
-    "sm_80": {
-        4: _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x4 4x4", "8x1 8x1 8x1 8x1")
-    },
+    # 4x4, 8x2 and 2x8 spill there.
+    "sm_80": {4: PIXELS_8},
 }
 
 # The same kernel as the first pass of backward holds the incoming gradient as well; 4x4 would spill
 # with 16-bit storage.
-PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4, 32: PIXELS_2}}
+PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4}}
 
 # Backward: PX pixels of a cell's row at a time. Each of them after the first goes to other lanes
 # and comes back by shuffles and barriers in the innermost loop, which costs more than it saves.
@@ -95,19 +92,24 @@ def _of(table: dict, arch: str, *keys):
     return None
 
 
-def choose_splat(kind: str, arch: str, cy: int, cx: int, channels: int) -> dict:
+def choose_splat(
+    kind: str, arch: str, cy: int, cx: int, channels: int, wide: bool = False
+) -> dict:
     """The shipped configuration of a grid kernel.
 
     Args:
         kind: "forward", "prepare" (the first pass of backward) or "backward".
         arch: "sm_90", "gfx942", ...; unknown ones get the default.
         cy, cx: most HR pixels of a cell along each axis.
+        wide: whether positions take 64 bits, and more registers.
     """
     config = {"CELLS": _of(CELLS, arch), "num_warps": 1}
     channels = channel_bucket(channels)
     if kind == "backward":
         return {"PX": _of(BACKWARD, arch), **config}
     table = PREPARE if kind == "prepare" else FORWARD
+    if wide and kind == "prepare":
+        channels = max(channels, 16)
     py, px = _of(table, arch, channels, (bucket(cy), bucket(cx))) or (1, 1)
     return {"PY": py, "PX": px, **config}
 
@@ -128,11 +130,14 @@ def choose_windows(kind: str, arch: str) -> dict:
 # ---- for the launchers --------------------------------------------------------------------------
 
 
-def splat_config(kind: str, device: torch.device, h, w, big_h, big_w, channels: int) -> dict:
+def splat_config(
+    kind: str, device: torch.device, h, w, big_h, big_w, channels: int, wide: bool = False
+) -> dict:
     """Keyword arguments of the launch of `splat_forward` or `splat_backward`."""
     arch, cy, cx = architecture(device), -(-big_h // h), -(-big_w // w)
-    tuned = tuned_configs().get(splat_key(kind, arch, cy, cx, channels))
-    return dict(tuned or choose_splat(kind, arch, cy, cx, channels))
+    tuned = {} if wide else tuned_configs()
+    found = tuned.get(splat_key(kind, arch, cy, cx, channels))
+    return dict(found or choose_splat(kind, arch, cy, cx, channels, wide))
 
 
 def points_config(kind: str, device: torch.device) -> dict:

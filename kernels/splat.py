@@ -37,8 +37,20 @@ from torch import Tensor
 
 # An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
 SIZES = ["h", "w", "big_h", "big_w"]
+CHANNELS = 16  # a launch takes; more, in registers, would spill
 
 # ---- shared pieces ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _program(across, lines):
+    """(index in a row, row, image) of this program, of across programs a row, lines rows an image.
+
+    CUDA takes 65,535 blocks at most but along the first dimension of a grid, so all are along it.
+    """
+    pid = tl.program_id(0)
+    rest = pid // across
+    return pid - rest * across, rest % lines, (rest // lines).to(tl.int64)
 
 
 @triton.jit
@@ -117,21 +129,21 @@ def _write_gradients(
 @triton.jit(do_not_specialize=SIZES)
 def splat_forward(
     values, sigma, rho, opacity, offset, grad, out,
-    h, w, big_h, big_w, row0, rows, i0, blocks_y, blocks_x, eps,
+    h, w, big_h, big_w, top, held, row0, rows, i0, lines, blocks_y, blocks_x, eps,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
     WIDE: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """out [B, C, rows, W]; with PREPARE g' and s, [B, C + 1, rows, W], for the backward pass.
 
-    Program (cells of a row x PY x PX pixels of each, row of cells, image).
+    The Gaussians' tensors hold LR rows top ... top + held - 1 of h; `rows` HR rows from row0 on are
+    wanted. Program (cells of a row x PY x PX pixels of each, of `lines` rows, image).
     """
-    pid = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
+    pid, cell, b = _program(tl.cdiv(w, CELLS) * blocks_y * blocks_x, lines)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
-    i = (i0 + tl.program_id(1)).to(h.dtype)
-    plane, size = h.to(tl.int64) * w, big_w.to(tl.int64) * rows
+    i = (i0 + cell).to(h.dtype)
+    plane, size = w.to(tl.int64) * held, big_w.to(tl.int64) * rows
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
     pixel = tl.arange(0, PY * PX)
@@ -151,7 +163,7 @@ def splat_forward(
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         ii, jj = zeros + i + di, j + dj
         exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)
-        row = (i + di).to(tl.int64) * w
+        row = (i + di - top).to(tl.int64) * w
         for k in range(K):
             g = b * K + k
             sy, sx, r, alpha, oy, ox = _gaussian(
@@ -189,7 +201,7 @@ def splat_forward(
 @triton.jit(do_not_specialize=SIZES)
 def splat_backward(
     grad, values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w, big_h, big_w, row0, rows, max_x,
+    h, w, big_h, big_w, top, held, row0, rows, max_x,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     WIDE: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
@@ -199,13 +211,13 @@ def splat_backward(
     `grad` is g' and s, [B, C + 1, rows, W], from PREPARE; without NORMALIZE it is dL/dout itself.
     Program (LR pixels of a row, row, image and k).
     """
-    g = tl.program_id(2).to(tl.int64)
+    block, held_row, g = _program(tl.cdiv(w, CELLS), held)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
-    i = tl.program_id(1).to(h.dtype)
-    plane, row = h.to(tl.int64) * w, i.to(tl.int64) * w
+    plane, row = w.to(tl.int64) * held, held_row.to(tl.int64) * w
+    i = (top + held_row).to(h.dtype)
     planes: tl.constexpr = C + 1 if NORMALIZE else C
-    j = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    j = block * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
     own = j < w
     channel, pixel = tl.arange(0, CP), tl.arange(0, PX)
@@ -282,10 +294,10 @@ def points_forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, Q, C]; with PREPARE g' and s, [B, Q, C + 1]. Program (points, image)."""
-    b = tl.program_id(1).to(tl.int64)
+    block, _, b = _program(tl.cdiv(queries, BLOCK), 1)
     h, w = h.to(tl.int64), w.to(tl.int64)
     plane = h * w
-    q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = q < queries
     y = tl.load(points + 2 * (b * queries + q), real, other=0.0)
     x = tl.load(points + 2 * (b * queries + q) + 1, real, other=0.0)
@@ -342,13 +354,12 @@ def points_backward(
 
     `grad` is [B Q, C + 1] from PREPARE, or [B Q, C] without NORMALIZE; `points` [B Q, 2].
     """
-    i = tl.program_id(1).to(tl.int64)
-    g = tl.program_id(2).to(tl.int64)
-    b = g // K
+    block, i, g = _program(tl.cdiv(w, CELLS), h)
+    i, b = i.to(tl.int64), g // K
     h, w = h.to(tl.int64), w.to(tl.int64)
     plane = h * w
     planes: tl.constexpr = C + 1 if NORMALIZE else C
-    j = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    j = block.to(tl.int64) * CELLS + tl.arange(0, CELLS)
     own, row = j < w, i * w
     channel = tl.arange(0, CP)
     sy, sx, r, alpha, oy, ox = _gaussian(
@@ -420,10 +431,13 @@ def _wide(h: int, w: int, big_h: int, big_w: int) -> bool:
     return 2 * max((h + 512) * (big_h + 512), (w + 512) * (big_w + 512)) >= 2**31
 
 
-def _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, grad=None):
+def _forward(
+    values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None, grad=None
+):
     values, sigma, rho, opacity = (t.contiguous() for t in (values, sigma, rho, opacity))
     offset = None if offset is None else offset.contiguous()
-    b, k, c, h, w = values.shape
+    b, k, c, held, w = values.shape
+    top, h = band or (0, held)
     (first, last), (big_h, big_w) = rows, size
     prepare = grad is not None
     out = torch.empty(
@@ -433,52 +447,68 @@ def _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize,
     # Cells of the first and the last row wanted.
     i0, i1 = ((2 * y + 1) * h // (2 * big_h) for y in (first, last - 1))
     kind = "prepare" if prepare else "forward"
-    config = splat_config(kind, values.device, h, w, big_h, big_w, c)
+    wide = _wide(h, w, big_h, big_w)
+    config = splat_config(kind, values.device, h, w, big_h, big_w, c, wide)
     blocks_y = triton.cdiv(triton.cdiv(big_h, h), config["PY"])
     blocks_x = triton.cdiv(triton.cdiv(big_w, w), config["PX"])
-    grid = (triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x, i1 - i0 + 1, b)
+    across, lines = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x, i1 - i0 + 1
     with on_device(values):
-        splat_forward[grid](
+        splat_forward[(across * lines * b,)](
             values, sigma, rho, opacity, values if offset is None else offset,
             grad if prepare else values, out,
-            h, w, big_h, big_w, first, last - first, i0, blocks_y, blocks_x, eps,
+            h, w, big_h, big_w, top, held, first, last - first, i0, lines, blocks_y, blocks_x, eps,
             K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
             NORMALIZE=normalize, HAS_OFFSET=offset is not None, PREPARE=prepare,
-            WIDE=_wide(h, w, big_h, big_w), **config,
+            WIDE=wide, **config,
         )  # fmt: skip
     return out
 
 
 def forward(
-    values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps
+    values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
 ) -> Tensor:  # fmt: skip
     """`gsr.reference.splat` of HR rows rows[0] to rows[1]: [B, C, rows, W] in values' type."""
-    return _forward(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps)
+    rest = sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band
+    return torch.cat([_forward(part, *rest) for part in values.split(CHANNELS, 2)], 1)
 
 
 def backward(
-    grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps
+    grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients, float32, of values, sigma, rho, opacity, offset from that of `forward`."""
+    rest = sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band
+    parts = zip(grad.split(CHANNELS, 1), values.split(CHANNELS, 2), strict=True)
+    return _joined([_backward(part, of, *rest) for part, of in parts])
+
+
+def _joined(parts):
+    """Gradients of all channels from those of some: of the weights they are sums."""
+    values, *others = zip(*parts, strict=True)
+    return torch.cat(values, 2), *(None if t[0] is None else sum(t[1:], t[0]) for t in others)
+
+
+def _backward(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
     grad, values, sigma, rho, opacity = (
         t.contiguous() for t in (grad, values, sigma, rho, opacity)
     )
     offset = None if offset is None else offset.contiguous()
     if normalize:
         grad = _forward(
-            values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, grad
+            values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band, grad
         )
-    b, k, c, h, w = values.shape
+    b, k, c, held, w = values.shape
+    top, h = band or (0, held)
     (first, last), (big_h, big_w) = rows, size
     gradients = _empty_gradients(values, sigma, rho, opacity, offset)
-    config = splat_config("backward", values.device, h, w, big_h, big_w, c)
+    wide = _wide(h, w, big_h, big_w)
+    config = splat_config("backward", values.device, h, w, big_h, big_w, c, wide)
     with on_device(values):
-        splat_backward[(triton.cdiv(w, config["CELLS"]), h, b * k)](
+        splat_backward[(triton.cdiv(w, config["CELLS"]) * held * b * k,)](
             grad, values, sigma, rho, opacity, values if offset is None else offset,
             *gradients[:4], values if offset is None else gradients[4],
-            h, w, big_h, big_w, first, last - first, triton.cdiv(big_w, w),
+            h, w, big_h, big_w, top, held, first, last - first, triton.cdiv(big_w, w),
             K=k, C=c, CP=triton.next_power_of_2(c), R=radius, NORMALIZE=normalize,
-            HAS_OFFSET=offset is not None, WIDE=_wide(h, w, big_h, big_w), **config,
+            HAS_OFFSET=offset is not None, WIDE=wide, **config,
         )  # fmt: skip
     return gradients
 
@@ -504,7 +534,7 @@ def _forward_at(values, sigma, rho, opacity, offset, points, radius, normalize, 
     config = points_config("forward", values.device)
     if queries:
         with on_device(values):
-            points_forward[(triton.cdiv(queries, config["BLOCK"]), b)](
+            points_forward[(triton.cdiv(queries, config["BLOCK"]) * b,)](
                 values, sigma, rho, opacity, values if offset is None else offset, points,
                 grad if prepare else values, out, h, w, queries, eps,
                 K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
@@ -517,13 +547,20 @@ def forward_at(
     values, sigma, rho, opacity, offset, points, radius, normalize, eps
 ) -> Tensor:  # fmt: skip
     """`gsr.reference.splat_at`: [B, Q, C] in values' type."""
-    return _forward_at(values, sigma, rho, opacity, offset, points, radius, normalize, eps)
+    rest = sigma, rho, opacity, offset, points, radius, normalize, eps
+    return torch.cat([_forward_at(part, *rest) for part in values.split(CHANNELS, 2)], 2)
 
 
 def backward_at(
     grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients as `backward` gives them, from that of `forward_at`'s result."""
+    rest = sigma, rho, opacity, offset, points, radius, normalize, eps
+    parts = zip(grad.split(CHANNELS, 2), values.split(CHANNELS, 2), strict=True)
+    return _joined([_backward_at(part, of, *rest) for part, of in parts])
+
+
+def _backward_at(grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps):
     grad, values, sigma, rho, opacity, points = (
         t.contiguous() for t in (grad, values, sigma, rho, opacity, points)
     )
@@ -537,7 +574,7 @@ def backward_at(
     gradients = _empty_gradients(values, sigma, rho, opacity, offset)
     config = points_config("backward", values.device)
     with on_device(values):
-        points_backward[(triton.cdiv(w, config["CELLS"]), h, b * k)](
+        points_backward[(triton.cdiv(w, config["CELLS"]) * h * b * k,)](
             grad, points, order, start,
             values, sigma, rho, opacity, values if offset is None else offset,
             *gradients[:4], values if offset is None else gradients[4], h, w,

@@ -27,16 +27,24 @@ from torch import Tensor
 
 
 @triton.jit
+def _tap(i, y, k, WINDOW: tl.constexpr, TAPS: tl.constexpr):
+    """Tap of kernel y at HR pixel i of k, rounded down, and the rest, from whole numbers.
+
+    i + (1 - 2 y / WINDOW) (k - 1) / 2 - floor((k - TAPS) / 2), of which float32 would lose digits.
+    """
+    parts: tl.constexpr = 2 * WINDOW
+    position = (i - (k - TAPS) // 2 + k) * parts + (WINDOW - 2 * y) * (k - 1)  # k more: no sign
+    return position // parts - k, (position % parts).to(tl.float32) / parts
+
+
+@triton.jit
 def windows_weights(
     kernels, out, ky, kx, WINDOW: tl.constexpr, TAPS: tl.constexpr, NP: tl.constexpr
 ):
     """w [k_y k_x, WINDOW^2] from kernels [WINDOW^2, TAPS, TAPS]. Program (pixel of a window)."""
     pixel, n = tl.program_id(0), tl.arange(0, NP)
-    shift_y = (1.0 - 2.0 * (n // WINDOW) / WINDOW) * (ky - 1) / 2.0 - (ky - TAPS) // 2
-    shift_x = (1.0 - 2.0 * (n % WINDOW) / WINDOW) * (kx - 1) / 2.0 - (kx - TAPS) // 2
-    a, b = pixel // kx + shift_y, pixel % kx + shift_x
-    fy, fx = a - tl.floor(a), b - tl.floor(b)
-    a, b = tl.floor(a).to(tl.int32), tl.floor(b).to(tl.int32)
+    a, fy = _tap(pixel // kx, n // WINDOW, ky, WINDOW, TAPS)
+    b, fx = _tap(pixel % kx, n % WINDOW, kx, WINDOW, TAPS)
     w = tl.zeros([NP], tl.float32)
     for corner in tl.static_range(4):
         ta, tb = a + corner // 2, b + corner % 2
@@ -81,9 +89,10 @@ def windows_forward(
     WINDOW: tl.constexpr, NP: tl.constexpr,
     PIXELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns, block of a window's pixels)."""
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Program (block of columns, block of a window's pixels), both along the grid's one side."""
+    blocks = tl.cdiv(count, COLUMNS)
+    pixel = (tl.program_id(0) // blocks).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    m = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     lr, hr = _columns(m, rows, columns, ky, kx, WINDOW)
     w = _weights(weights, pixel, ky, kx, WINDOW, NP)
     f, _, _ = _features(features, lr, columns, m, count, WINDOW, NP)
@@ -118,7 +127,7 @@ def windows_backward_features(
     f, at, mask = _features(features, lr, columns, m, count, WINDOW, NP)
     d = tl.zeros([NP, COLUMNS], tl.float32)
     for start in range(0, ky * kx, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)
+        pixel = start + tl.arange(0, PIXELS).to(tl.int64)
         w = _weights(weights, pixel, ky, kx, WINDOW, NP)
         g = _masked_gradient(grad, w, f, hr, pixel, m, columns, count, ky, kx, PRECISION)
         d += tl.dot(tl.trans(w), g, input_precision=PRECISION)
@@ -132,7 +141,7 @@ def windows_backward_weights(
     PIXELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dL/dw, [parts, k_y k_x, WINDOW^2]. Program (block of pixels, part of the columns)."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     part = tl.program_id(1)
     w = _weights(weights, pixel, ky, kx, WINDOW, NP)
     d = tl.zeros([PIXELS, NP], tl.float32)
@@ -174,11 +183,12 @@ def forward(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
     weights, constants = _weights_of(kernels, side)
     rows, columns, count = _count(features, constants["WINDOW"])
     ky, kx = side
-    out = features.new_empty(*features.shape[:2], rows * ky, columns * kx)
+    shape = *features.shape[:2], rows * ky, columns * kx
+    out = torch.empty(shape, device=features.device, dtype=features.dtype)
     c = windows_config("forward", features.device)
-    grid = (triton.cdiv(count, c["COLUMNS"]), triton.cdiv(ky * kx, c["PIXELS"]))
+    programs = triton.cdiv(count, c["COLUMNS"]) * triton.cdiv(ky * kx, c["PIXELS"])
     with on_device(features):
-        windows_forward[grid](
+        windows_forward[(programs,)](
             features, weights, out, rows, columns, count, ky, kx, **constants, **c
         )
     return out
@@ -197,7 +207,7 @@ def backward(
     each = triton.cdiv(blocks, min(blocks, 32))
     parts = triton.cdiv(blocks, each)
     d_features = torch.empty_like(features, dtype=torch.float32)
-    d_weights = weights.new_empty(parts, ky, kx, kernels.shape[0])
+    d_weights = torch.empty(parts, ky, kx, kernels.shape[0], device=weights.device)
     with on_device(features):
         windows_backward_features[(blocks,)](
             grad, features, weights, d_features, rows, columns, count, ky, kx, **constants, **c

@@ -42,14 +42,14 @@ INPUTS = ("values", "sigma", "rho", "opacity", "offset")
 
 
 @contextlib.contextmanager
-def program(x: int, y: int, z: int):
+def program(x: int, y: int = 0):
     """Launches run the program of these indices and no other, and copy nothing afterwards."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     set_index = interpreter.interpreter_builder.set_grid_idx
 
     def set_grid_idx(*_):
-        interpreter.interpreter_builder.grid_dim = (x + 1, y + 1, z + 1)
-        set_index(x, y, z)
+        interpreter.interpreter_builder.grid_dim = (x + 1, y + 1, 1)
+        set_index(x, y, 0)
 
     with (
         mock.patch.object(interpreter.interpreter_builder, "set_grid_idx", set_grid_idx),
@@ -80,7 +80,7 @@ def run(kernels=None) -> dict[str, float]:
     want_grads = torch.autograd.grad(want, leaves, grad.double())
     want_grads_at = torch.autograd.grad(want_at, leaves, grad_at.double())
     want, want_at = want.detach(), want_at.detach()
-    prepared = kernels._forward(*corner, small, (0, HR_ROWS), R, True, EPS, grad)
+    prepared = kernels._forward(*corner, small, (0, HR_ROWS), R, True, EPS, None, grad)
     prepared_at = kernels._forward_at(*corner, points, R, True, EPS, grad_at)
     order, start = kernels.sort_points(points, ROWS, COLUMNS)
 
@@ -105,7 +105,8 @@ def run(kernels=None) -> dict[str, float]:
         shared = {
             "K": K, "C": C, "CP": 4, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
         }  # fmt: skip
-        block = SIDE // CELLS
+        block, across = SIDE // CELLS, -(-SIDE // CELLS)
+        backward = ((B * K - 1) * SIDE + SIDE - 1) * across + block
         wide = kernels._wide(SIDE, SIDE, HR, HR)
         # What a program of the last block and the last row of cells has to say.
         own_y, own_x = HR_ROWS - 2, HR_COLUMNS - OWN * 3 // 2
@@ -128,17 +129,18 @@ def run(kernels=None) -> dict[str, float]:
         big_grad = holes("grad", B, C, HR, HR)
         big_grad[..., -HR_ROWS:, -HR_COLUMNS:] = grad
         for prepare, target, true in ((False, out, want), (True, out_prepared, prepared.double())):
-            with program(block, 0, B - 1):
+            with program((B - 1) * across + block):
                 kernels.splat_forward[(1, 1, 1)](
-                    *inputs, big_grad, target, SIDE, SIDE, HR, HR, 0, HR, SIDE - 1, 1, 1, EPS,
+                    *inputs, big_grad, target, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR, SIDE - 1,
+                    1, 1, 1, EPS,
                     PREPARE=prepare, WIDE=wide, PY=2, PX=2, CELLS=CELLS, **shared,
                 )  # fmt: skip
             found = target[-1, :, -HR_ROWS:, -HR_COLUMNS:][:, own_y:, own_x:]
             compare(f"splat_forward {prepare=}", found, true[-1, :, own_y:, own_x:])
         out_prepared[-1, :, -HR_ROWS:, -HR_COLUMNS:] = prepared[-1]
-        with program(block, SIDE - 1, B * K - 1):
+        with program(backward):
             kernels.splat_backward[(1, 1, 1)](
-                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, HR, 2,
+                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR, 2,
                 WIDE=wide, PX=2, CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("splat_backward", want_grads)
@@ -157,7 +159,7 @@ def run(kernels=None) -> dict[str, float]:
             (False, out, want_at),
             (True, out_prepared, prepared_at.double()),
         ):
-            with program(last, B - 1, 0):
+            with program((B - 1) * (last + 1) + last):
                 kernels.points_forward[(1,)](
                     *inputs, big_points, big_grad, target, SIDE, SIDE, QUERIES, EPS,
                     PREPARE=prepare, BLOCK=128, **shared,
@@ -174,13 +176,43 @@ def run(kernels=None) -> dict[str, float]:
         big_start[-1] = B * QUERIES
         # A row's last cell ends where the next row's first begins, far to the left.
         big_start[:-1].view(B, SIDE, SIDE)[-1, TOP + 1 :, 0] = starts[1:, 0]
-        with program(block, SIDE - 1, B * K - 1):
+        with program(backward):
             kernels.points_backward[(1, 1, 1)](
                 out_prepared, big_points, big_order, big_start, *inputs, *gradients, SIDE, SIDE,
                 CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("points_backward", want_grads_at)
     return errors | longest_row_of_32_bits(kernels)
+
+
+def run_windows(kernels=None) -> dict[str, float]:
+    """Errors of the last program of `windows_forward` in a picture of more than 2^31 numbers."""
+    kernels = kernels or importlib.import_module("gsr.kernels.windows")
+    window, taps, side, channels, across = 7, 5, 70, 8, 245
+    ky, kx, count = side, side, channels * across * across  # the result: 17,150 x 17,150 x 8
+    g = torch.Generator().manual_seed(2)
+    features = torch.zeros(1, channels, window * across, window * across)
+    features[0, -1, -window:, -window:] = torch.rand(window, window, generator=g)
+    shared = torch.rand(window**2, taps, taps, generator=g) * 0.3
+    weights = reference.window_weights(shared, (ky, kx)).reshape(-1, window**2).contiguous()
+    true = reference.splat_windows(features[:, -1:, -window:, -window:], shared, (ky, kx))[0, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        size = channels * (across * side) ** 2
+        out = torch.from_file(f"{folder}/out", shared=True, size=size, dtype=torch.float32)
+        pixels, columns = 64, 32
+        blocks = -(-count // columns)
+        # The last block of columns: of the last pixels, and of the first.
+        for pixel in (-(-ky * kx // pixels) - 1, 0):
+            with program(pixel * blocks + blocks - 1):
+                kernels.windows_forward[(1,)](
+                    features, weights, out, across, across, count, ky, kx, WINDOW=window, NP=64,
+                    PIXELS=pixels, COLUMNS=columns, PRECISION="ieee",
+                )  # fmt: skip
+        found = out.view(channels, across * side, across * side)[-1, -side:, -side:].reshape(-1)
+        ends = torch.arange(ky * kx)
+        ends = (ends < pixels) | (ends >= ky * kx // pixels * pixels)
+        error = (found - true.reshape(-1))[ends].abs().max().item()
+    return {"windows_forward": error}
 
 
 def longest_row_of_32_bits(kernels) -> dict[str, float]:
@@ -204,13 +236,13 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
         "CELLS": CELLS,
     }  # fmt: skip
     last = (w - 1) // CELLS
-    with program(last, 0, 0):
+    with program(last):
         kernels.splat_forward[(1, 1, 1)](
-            *inputs, grad, out, 1, w, 1, big_w, 0, 1, 0, 1, 1, EPS,
+            *inputs, grad, out, 1, w, 1, big_w, 0, 1, 0, 1, 0, 1, 1, 1, EPS,
             PREPARE=False, PY=1, PX=2, **shared,
         )  # fmt: skip
         kernels.splat_backward[(1, 1, 1)](
-            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 2, PX=2, **shared
+            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 0, 1, 2, PX=2, **shared
         )
     names = ["out", *(f"d_{name}" for name in INPUTS)]
     errors = {}
@@ -222,7 +254,7 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
 
 
 def main() -> int:
-    errors = run()
+    errors = run() | run_windows()
     print(json.dumps(errors, indent=1))
     return not all(error <= TOLERANCE for error in errors.values())
 

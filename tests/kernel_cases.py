@@ -30,6 +30,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ class Case:
     lr: tuple[int, int]
     hr: tuple[int, int] | None = None  # `splat`, or None: `splat_at`
     rows: tuple[int, int] | None = None
+    band: tuple[int, int] | None = None  # (top, height): `lr` rows from `top` on of that many
     points: int = 0
     where: str = "spread"  # see `draw_points`
     b: int = 1
@@ -111,6 +113,7 @@ CASES = [
     Case("C5 R2", (2, 4), (3, 6), c=5, radius=2),
     Case("C8 R3, the field", (2, 5), (3, 9), c=8, radius=3, offset=False),
     Case("C16 R1", (2, 3), (4, 7), c=16),
+    Case("C19", (2, 3), (3, 5), c=19),
     Case("K3 R2", (1, 4), (2, 7), k=3, radius=2),
     Case("K9", (1, 3), (2, 5), k=9),
     # ---- the grid: weights
@@ -135,6 +138,10 @@ CASES = [
     Case("rows across cells", (3, 4), (8, 7), rows=(2, 6), b=2),
     Case("rows, not normalized", (3, 4), (8, 9), rows=(3, 7), normalize=False),
     Case("rows, down", (6, 5), (4, 3), rows=(1, 3), radius=2),
+    Case("band", (4, 4), (25, 9), rows=(9, 14), band=(2, 9), b=2, k=2),
+    Case("band, the first rows", (3, 3), (13, 7), rows=(0, 4), band=(0, 7)),
+    Case("band, the last rows", (5, 3), (9, 7), rows=(7, 9), band=(6, 11), radius=2, offset=False),
+    Case("band, not normalized", (3, 4), (25, 9), rows=(11, 13), band=(3, 9), normalize=False),
     Case("bfloat16", (2, 4), (3, 7), k=2, dtype="bfloat16"),
     Case("float16", (2, 4), (3, 7), k=2, dtype="float16"),
     Case("bfloat16, not normalized", (2, 3), (5, 7), c=5, dtype="bfloat16", normalize=False),
@@ -254,7 +261,7 @@ def draw(case: Case, device) -> tuple[list[Tensor | None], dict]:
     ]
     arguments = {"radius": case.radius, "normalize": case.normalize, "eps": case.eps}
     if case.op == "splat":
-        arguments |= {"size": case.hr, "rows": case.rows or (0, case.hr[0])}
+        arguments |= {"size": case.hr, "rows": case.rows or (0, case.hr[0]), "band": case.band}
     else:
         points = draw_points(case, rand).to(device)
         arguments["points"] = as_view(points) if case.views else guarded(points)
@@ -330,8 +337,8 @@ def block_sizes(case: Case, kernels):
         return
     configs = importlib.import_module("gsr.kernels.configs")
 
-    def splat_config(kind, device, h, w, big_h, big_w, c):
-        return configs.choose_splat(kind, case.arch, -(-big_h // h), -(-big_w // w), c)
+    def splat_config(kind, device, h, w, big_h, big_w, c, wide):
+        return configs.choose_splat(kind, case.arch, -(-big_h // h), -(-big_w // w), c, wide)
 
     def points_config(kind, device):
         return configs.choose_points(kind, case.arch)
@@ -348,6 +355,7 @@ def run_kernels(case: Case, device, kernels) -> tuple[Tensor, list[Tensor | None
     inputs, a = draw(case, device)
     middle = [a["size"], a["rows"]] if case.op == "splat" else [a["points"]]
     rest = (*inputs, *middle, case.radius, case.normalize, case.eps)
+    rest += (case.band,) if case.op == "splat" else ()
     suffix = "" if case.op == "splat" else "_at"
     with GuardedAllocations() as allocations, block_sizes(case, kernels):
         out = getattr(kernels, "forward" + suffix)(*rest)
@@ -364,7 +372,12 @@ def run_reference(case: Case, device, dtype) -> tuple[Tensor, list[Tensor | None
         for t in inputs
     ]
     leaves = [None if t is None else t.requires_grad_() for t in leaves]
-    *first, offset = leaves
+    whole = leaves
+    if arguments.pop("band", None):  # the truth is that of the whole picture, whatever is around
+        above = case.band[0]
+        around = (0, 0, above, case.band[1] - above - case.lr[0])
+        whole = [None if t is None else F.pad(t, around, value=0.5) for t in leaves]
+    *first, offset = whole
     oracle = reference.splat if case.op == "splat" else reference.splat_at
     out = oracle(*first, offset=offset, **arguments)
     grad = draw_grad(case, out.shape, device).to(dtype)

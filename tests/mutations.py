@@ -33,7 +33,8 @@ FAR = "far addresses"
 QUICK = {
     "splat.py": ["x2", "C5 R2", "C2", "rows within a cell", "at outside", "at ties",
                  "at R2, no offset", FAR],
-    "windows.py": ["odd and unequal", "more columns than a block", "bfloat16"],
+    "windows.py": ["odd and unequal", "more columns than a block", "bfloat16",
+                   "more blocks than parts", FAR],
 }  # fmt: skip
 
 
@@ -110,8 +111,10 @@ FAULTS = [
     # ---- widths
     Fault("rho left in 16 bits", "r = tl.load(rho + one + j, exists, other=0.0).to(tl.float32)",
           "r = tl.load(rho + one + j, exists, other=0.0)", ("float16",)),
-    Fault("planes of 32 bits", "plane, size = h.to(tl.int64) * w, big_w.to(tl.int64) * rows",
-          "plane, size = h.to(tl.int32) * w.to(tl.int32), big_w.to(tl.int32) * rows", (FAR,)),
+    Fault("planes of 32 bits", "plane, size = w.to(tl.int64) * held, big_w.to(tl.int64) * rows",
+          "plane, size = w.to(tl.int32) * held, big_w.to(tl.int32) * rows", (FAR,)),
+    Fault("rows of a band counted from the picture's top", "row = (i + di - top).to(tl.int64) * w",
+          "row = (i + di).to(tl.int64) * w", ("band",)),
     Fault("64 bits wanted too late", " >= 2**31", " >= 2**34", (FAR,)),
     Fault("Gaussian's plane of 32 bits", "one = g * plane + row\n    two = one + g * plane  #",
           "one = (g * plane).to(tl.int32) + row\n    two = one + g * plane  #", (FAR,)),
@@ -123,12 +126,18 @@ FAULTS = [
     *(
         Fault(f"windows: {name}", old, new, file="windows.py", times=times)
         for name, old, new, times in [
+            ("columns of 32 bits", "wide = m.to(tl.int64)", "wide = m", 1),
+            ("blocks of a part overlap", "range(part * blocks, part * blocks + blocks)",
+             "range(part, part + blocks)", 1),
+            ("one block of a part", "range(part * blocks, part * blocks + blocks)",
+             "range(part * blocks, part * blocks + 1)", 1),
             ("window's rows and columns swapped", "(n // WINDOW * WINDOW * columns + n % WINDOW)",
              "(n % WINDOW * WINDOW * columns + n // WINDOW)", 1),
             ("kernel's taps transposed", "(n * TAPS + ta) * TAPS + tb",
              "(n * TAPS + tb) * TAPS + ta", 1),
-            ("one pixel late", "shift_y = (1.0 - 2.0 * (n // WINDOW) / WINDOW) * (ky - 1)",
-             "shift_y = (1.0 - 2.0 * (n // WINDOW) / WINDOW) * ky", 1),
+            ("window's edge", "(WINDOW - 2 * y) * (k - 1)", "(WINDOW - 2 * y) * k", 1),
+            ("one tap late", "return position // parts - k,",
+             "return position // parts - k + 1,", 1),
             ("not clamped above", "product = tl.minimum(tl.maximum(product, 0.0), 1.0)",
              "product = tl.maximum(product, 0.0)", 1),
             ("gradient through the clamp", "tl.where((product >= 0.0) & (product <= 1.0), g, 0.0)",
@@ -173,7 +182,8 @@ def hunt(path: Path, names: list[str], pipe) -> None:
             pipe.send(("running", name))
             try:
                 if name == FAR:
-                    errors = far_addresses.run(kernels)
+                    windows = path.name == "windows.py"
+                    errors = (far_addresses.run_windows if windows else far_addresses.run)(kernels)
                     limit = far_addresses.TOLERANCE
                     wrong = [f"{k} {v:.2g}" for k, v in errors.items() if not v <= limit]
                 elif path.name == "windows.py":

@@ -165,8 +165,10 @@ def test_candidates_that_spill_or_leave_few_warps_are_never_timed():
     assert left and all(c["PY"] * c["PX"] <= 8 and c["num_warps"] <= 2 for c in left)
 
 
-def test_the_fastest_candidate_is_selected():
-    times = {1: 3.0, 2: RuntimeError("out of resources"), 4: 1.0, 8: 2.0}
+def test_the_fastest_candidate_is_selected(static):
+    from triton.runtime.errors import OutOfResources
+
+    times = {1: 3.0, 2: OutOfResources(300000, 232448, "shared memory"), 4: 1.0, 8: 2.0}
 
     def timer(config):
         if isinstance(times[config["PX"]], Exception):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gsr import reference
+from gsr import ops, reference
 from gsr.ops import splat, splat_at, splat_windows
 
 
@@ -30,7 +30,7 @@ def inputs(b=2, k=2, c=3, h=5, w=4, dtype=torch.float64, seed=0):
 def test_opcheck(with_offset, normalize):
     tensors, offset, points = inputs()
     offset = offset if with_offset else None
-    grid = ((9, 7), (2, 8), 1, normalize, 0.01)
+    grid = ((9, 7), (2, 8), 1, normalize, 0.01, (0, 5))
     torch.library.opcheck(torch.ops.gsr.splat.default, (*tensors, offset, *grid))
     torch.library.opcheck(
         torch.ops.gsr.splat_at.default, (*tensors, offset, points, 1, normalize, 0.01)
@@ -179,3 +179,33 @@ def test_the_example_fits_a_photograph(tmp_path):
     error = np.square(fitted - np.asarray(small, dtype=float)).mean()
     print(done.stdout, 10 * np.log10(255**2 / error))
     assert 10 * np.log10(255**2 / error) > 25
+
+
+@pytest.mark.parametrize("rows, band", [((9, 14), (2, 9)), ((0, 3), (0, 9)), ((20, 25), (5, 9))])
+@pytest.mark.parametrize("form", ["operator", "reference", "without Numba"])
+def test_a_band_of_the_picture_is_enough(form, rows, band, monkeypatch):
+    """Rows, and gradients, from the LR rows around them alone are those of the whole picture."""
+    (*tensors, offset), _, _ = whole = inputs(h=9)[0] + [inputs(h=9)[1]], None, None
+    if form == "without Numba":
+        monkeypatch.setattr("gsr.cpu._loops", lambda: None)
+    function = reference.splat if form == "reference" else splat
+    first, last = ops.rows_needed(rows, 9, 25, 1)
+    assert band[0] <= first and last - first < 9
+    held = [t.detach()[..., band[0] : last, :].clone().requires_grad_() for t in whole[0]]
+    grad = torch.randn(2, 3, rows[1] - rows[0], 7, dtype=torch.float64)
+    out = splat(*tensors, (25, 7), offset, 1, True, 1e-2, rows)
+    part = function(*held[:4], (25, 7), held[4], 1, True, 1e-2, rows, band)
+    torch.testing.assert_close(part, out)
+    for ours, true in zip(
+        torch.autograd.grad(part, held, grad),
+        torch.autograd.grad(out, [*tensors, offset], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, true[..., band[0] : last, :])
+
+
+def test_a_band_without_the_rows_it_needs(monkeypatch):
+    tensors, offset, _ = inputs(h=3)
+    for band in ((3, 9), (1, 9), (7, 9), (-1, 9)):
+        with pytest.raises(ValueError, match="need LR rows 2 to 5 of 9, but the tensors hold"):
+            splat(*tensors, (27, 7), offset, 1, True, 1e-2, (9, 15), band)

@@ -33,7 +33,7 @@ def largest_blocks(target):
     for name, constants, warps in static.shipped(target):
         if target != "sm_90" and constants.get("R") == 2:
             continue  # the radius is but the length of a loop: on one architecture it is enough
-        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE"))
+        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE"))
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
     return list(found.values())
@@ -67,6 +67,15 @@ def test_all_blocks(target, kernel, values):
 
 
 @pytest.mark.slow
+@TARGETS
+def test_most_channels_of_a_launch(target):
+    from gsr.kernels import splat
+
+    use = static.Use("most", K=4, C=splat.CHANNELS, R=1, offset=True)
+    assert over_the_ceilings(target, static.configurations(target, use)) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gaussians", [1, 9])
 @TARGETS
 def test_other_numbers_of_gaussians(target, gaussians):
@@ -91,6 +100,22 @@ def ptx():
         name: static.compile_kernel(name, constants, "sm_90", warps).asm["ptx"]
         for name, constants, warps in chosen.values()
     }
+
+
+def test_products_of_official_are_float32():
+    """As three of tf32: one would lose 13 bits, which the interpreter does not show."""
+    for target in ("sm_80", "sm_90", "sm_100"):
+        name, constants, warps = next(
+            c for c in static.shipped(target) if c[0] == "windows_forward"
+        )
+        count = {}
+        for precision in ("tf32", constants["PRECISION"]):
+            compiled = static.compile_kernel(
+                name, constants | {"PRECISION": precision}, target, warps
+            )
+            count[precision] = static._hot(static.disassemble(compiled))
+        one, all_ = (sum(n for op, n in c.items() if "MMA" in op) for c in count.values())
+        assert len(count) == 2 and one > 0 and all_ == 3 * one
 
 
 def test_no_atomics(ptx):
@@ -121,6 +146,6 @@ def test_arguments_that_are_1(kernel):
         for p in function.params
         if not p.is_constexpr and not p.do_not_specialize and p.name not in others
     }
-    for wide in (False, True) if "WIDE" in function.arg_names else (None,):
-        constants = constants if wide is None else {**constants, "WIDE": wide}
-        static.compile_kernel(name, constants | numbers, "sm_90", warps)
+    static.compile_kernel(name, constants | numbers, "sm_90", warps)
+    if "WIDE" in function.arg_names:
+        static.compile_kernel(name, constants | numbers | {"WIDE": True}, "sm_90", warps)
