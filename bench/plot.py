@@ -1,6 +1,7 @@
 """A picture of a report: python -m bench.plot splat.json -o splat.png
 
-Of `python -m bench splat` the times, of `python -m bench static` the model's limits.
+Of `python -m bench splat` the times, of `python -m bench static` the model's limits, of `python -m
+bench network` time and memory against the size of the result.
 """
 
 from __future__ import annotations
@@ -54,9 +55,34 @@ def dots(groups: dict[str, dict[str, tuple[float, float, float]]], title: str, u
     return figure
 
 
+def lines(panels: dict[str, dict[str, list[tuple[float, float]]]], title: str, horizontal: str):
+    """A figure of panels side by side, logarithmic: {vertical axis: {series: [(x, y), ...]}}."""
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(9, 3.6), layout="constrained")
+    for one, (vertical, series) in zip(axes, panels.items(), strict=True):
+        for name, points in series.items():
+            one.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, label=name)
+        one.set_xscale("log")
+        one.set_yscale("log")
+        one.set_xlabel(horizontal)
+        one.set_ylabel(vertical)
+        one.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def draw(report: dict):
     """The figure of a report."""
     groups: dict[str, dict] = {}
+    if sized := [r for r in report["rows"] if "per_pixel" in r]:
+        panels = {"seconds": {}, "whole process at its peak, MB": {}}
+        for r in sized:
+            pixels = r["sizes"]["H"] * r["sizes"]["W"] / 1e6
+            for panel, y in zip(panels, (r["seconds"]["p50"], r["rss"] / 1e6), strict=True):
+                panels[panel].setdefault(r["provider"], []).append((pixels, y))
+        title = f"gsr.upscale at x{sized[0]['sizes']['H'] // sized[0]['sizes']['h']}, "
+        title += f"{report['device']}, {report['threads']} threads"
+        return lines(panels, title, "output, million pixels")
     if report["benchmark"] == "static":
         for r in report["rows"]:
             if "model" in r:
@@ -66,7 +92,8 @@ def draw(report: dict):
     else:
         for r in report["rows"]:
             if r["seconds"]:
-                group = groups.setdefault(f"{r['case']}, {r['direction']}", {})
+                kind = r.get("direction") or r["part"]
+                group = groups.setdefault(f"{r['case']}, {kind}", {})
                 group[r["provider"]] = tuple(r["seconds"][p] * 1e3 for p in ("p20", "p50", "p80"))
         title, unit = f"{report['device']}: median, and 20 % to 80 %", "ms"
     if not groups:

@@ -52,6 +52,12 @@ _MORE = {
     "loop": dict,  # instructions of its innermost loop
     "occupancy": int,  # warps a multiprocessor
     "model": dict,  # seconds by limit, modelled
+    "part": str,  # of `python -m bench network`, as the names below
+    "spread": dict,  # p20, p50, p80 of passes or ratio
+    "memory": int,  # bytes at the peak, above the loaded model
+    "rss": int,  # bytes at the peak, of the whole process
+    "per_pixel": _NUMBER,  # p50 seconds a pixel of the result
+    "ratio": _NUMBER,  # to the smallest picture's per_pixel, or to a training step of the encoder
 }
 
 
@@ -96,7 +102,7 @@ def check(report: Any) -> None:
             times = [one["seconds"][p] for p in ("p20", "p50", "p80")]
             if not all(math.isfinite(t) and t > 0 for t in times) or times != sorted(times):
                 raise ValueError(f"{place}.seconds are no quantiles: {times}")
-        elif "model" not in one and "resources" not in one and not one["note"]:
+        elif not one["note"] and not {"model", "resources", "memory"} & one.keys():
             raise ValueError(f"{place} has no seconds and no note that says why")
 
 

@@ -1,15 +1,16 @@
-"""Enlarging pictures of any size in bounded memory: encode LR tiles, render strips of HR rows.
+"""Enlarging pictures of any size in bounded memory: bands of LR rows in, strips of HR rows out.
 
 `upscale` is the function for users: whatever kind of picture goes in comes out, larger. `run` is
-the same for one float tensor. Both equal the model on the whole picture (to 1e-5), because each
-tile is encoded with the encoder's receptive field around it and a HR row depends on no strip.
+the same for one float tensor. Both equal the model on the whole picture (to 1e-5): the encoder is
+run as a stream of rows (`gsr.stream`) that computes hardly anything twice, a strip of HR is
+rendered from the LR rows around it, and both are forgotten as soon as nothing depends on them.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,18 @@ import numpy as np
 import torch
 
 from gsr.errors import InputError
+from gsr.stream import Band, join
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-TILE = 192  # side of a tile, LR pixels, without the halo
+BAND_PIXELS = 2**16  # LR pixels encoded at once
 STRIP_PIXELS = 2**16  # HR pixels rendered at once
+KEEP = 2**28  # bytes of encoded LR that `official` keeps, rather than encode twice
 MAX_PIXELS = 400_000_000  # largest output, unless the caller raises it: 1.2 GB as bytes
+PRECISIONS = ("auto", "fp32", "bf16")
+PROBE = 128  # side of the part of a picture on which bf16 is tried
+LOSS = 0.01  # dB of PSNR that it may cost there
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -35,91 +41,176 @@ def run(
     size: tuple[int, int],
     scale: float | tuple[float, float] | None = None,
     progress: bool = False,
-    tile: int = TILE,
+    max_memory: int | None = None,
+    precision: str = "fp32",
 ) -> torch.Tensor:
     """Enlarge lr [B, 3, h, w] in [0, 1] to float32 [B, 3, H, W], size = (H, W), not clamped.
 
-    Equals `model(lr, size=size, scale=scale)` in evaluation mode to 1e-5, in memory that grows
-    with the picture only by what `encode` returns and by the result. Works on the model's device
-    and gives the result on that of lr. `scale` (s or (s_y, s_x)) is H / h and W / w if left out;
-    `progress` shows a bar on stderr. The model's training flags are left as they were.
+    Equals `model(lr, size=size, scale=scale)` in evaluation mode to 1e-5, in memory that hardly
+    grows with the picture but by the result. Works on the model's device and gives the result on
+    that of lr. `scale` (s or (s_y, s_x)) is H / h and W / w if left out; `progress` shows a bar on
+    stderr; `max_memory` and `precision` as in `upscale`. The model's training flags are left as
+    they were.
     """
+
+    def source(first: int, end: int) -> torch.Tensor:
+        return lr[..., first:end, :].detach().to(_device(model), torch.float32)
+
     out = torch.empty(lr.shape[0], 3, *size, dtype=torch.float32, device=lr.device)
     with _bar(progress) as bar, _inference(model):
-        for start, stop, strip in _strips(model, lr, size, scale, tile, bar):
-            out[:, :, start:stop] = strip
+        work = _Work(model, source, lr.shape, size, scale, max_memory, precision, bar)
+        for first, end, strip in work.strips():
+            out[:, :, first:end] = strip
     return out
 
 
-def encode_tiled(
-    model: GaussianSR,
-    lr: torch.Tensor,
-    tile: int = TILE,
-    progress: Callable[[int], Any] | None = None,
-) -> Any:
-    """`model.encode(lr)`, computed tile by tile and stitched: every tensor is [B, ..., h, w].
+class _Work:
+    """One picture's enlargement: LR rows in by bands, HR rows out by strips.
 
-    Each tile of about tile x tile LR pixels (at least 1) is encoded with `model.halo` more pixels
-    on every side where the picture has them, so that its inside is what the whole picture gives.
-    `progress` is called with the number of LR pixels encoded so far in each step, halo included.
+    Args:
+        source: (first, end) to these LR rows, [B, 3, end - first, w] float32 on the model's device.
+        shape: [B, 3, h, w] of the LR picture.
     """
-    height, width = lr.shape[-2:]
-    stitched: list[torch.Tensor] | None = None
-    for (top, bottom), (y0, y1) in _spans(height, tile, model.halo):
-        for (left, right), (x0, x1) in _spans(width, tile, model.halo):
-            part = model.encode(lr[..., y0:y1, x0:x1])
-            if (y0, y1, x0, x1) == (0, height, 0, width):
-                stitched = list(part)
-            else:
-                if stitched is None:
-                    stitched = [field.new_empty(*field.shape[:-2], height, width) for field in part]
-                inside = (..., slice(top - y0, bottom - y0), slice(left - x0, right - x0))
-                for whole, field in zip(stitched, part, strict=True):
-                    whole[..., top:bottom, left:right] = field[inside]
-            if progress is not None:
-                progress((y1 - y0) * (x1 - x0))
-    return type(part)(*stitched)
 
-
-def _spans(length: int, tile: int, halo: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Cut [0, length) into even tiles: (start, stop) of each, and the same with its halo."""
-    # A length that one haloed tile of full size covers is not worth cutting.
-    count = 1 if length <= tile + 2 * halo else math.ceil(length / tile)
-    edges = [length * i // count for i in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
-        yield (start, stop), (max(0, start - halo), min(length, stop + halo))
-
-
-def _strips(
-    model: GaussianSR,
-    lr: torch.Tensor,
-    size: tuple[int, int],
-    scale: float | tuple[float, float] | None,
-    tile: int,
-    bar: Any = None,
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Encode, then yield (first row, end row, HR rows [B, 3, rows, W] float32) from the top."""
-    height, width = size
-    tensor = lr.detach().to(_device(model), torch.float32)
-    encode_cost, render_cost = _costs(model)
-    if bar is not None:
-        h, w = lr.shape[-2:]
-        tall = sum(b - a for _, (a, b) in _spans(h, tile, model.halo))
-        wide = sum(b - a for _, (a, b) in _spans(w, tile, model.halo))
-        bar.total = (bar.total or 0) + tall * wide * encode_cost + height * width * render_cost
-        bar.refresh()
-
-    def advance(pixels: int, cost: float) -> None:
+    def __init__(self, model, source, shape, size, scale, max_memory, precision, bar=None):
+        self.model, self.source, self.size, self.scale, self.bar = model, source, size, scale, bar
+        self.batch, self.lr_size = shape[0], tuple(shape[-2:])
+        self.band = max(1, BAND_PIXELS // (self.batch * self.lr_size[1]))  # rows
+        self.strip = max(1, STRIP_PIXELS // (self.batch * size[1]))
+        self.dtype = _dtype(precision, self)
+        self._rewind()
         if bar is not None:
-            bar.update(pixels * cost)
+            encode, render = _costs(model)
+            encode *= self.batch * math.prod(self.lr_size) * (2 if self._two_passes() else 1)
+            bar.total = (bar.total or 0) + encode + self.batch * math.prod(size) * render
+            bar.refresh()
 
-    encoded = encode_tiled(model, tensor, tile, lambda pixels: advance(pixels, encode_cost))
-    rows = max(1, STRIP_PIXELS // width)
-    for start in range(0, height, rows):
-        stop = min(height, start + rows)
-        strip = model.render(encoded, size, scale=scale, rows=(start, stop))
-        yield start, stop, strip.float()
-        advance((stop - start) * width, render_cost)
+    def strips(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first row, end row, HR rows [B, 3, rows, W] float32), from the top."""
+        shared, first = None, 0
+        while first < self.size[0]:
+            try:
+                if shared is None and self.band < self.lr_size[0]:
+                    shared = self._shared()
+                end = min(self.size[0], first + self.strip)
+                strip = self._render(first, end, shared)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(error)
+                continue
+            yield first, end, strip
+            self._advance((end - first) * self.size[1], 1)
+            first = end
+
+    def _render(self, first: int, end: int, shared) -> torch.Tensor:
+        rows = first, end
+        needed = self.model.rows_needed(rows, self.lr_size, self.size, self.scale)
+        lr = self._encoded(*needed)
+        band = None if lr.end - lr.first == self.lr_size[0] else (lr.first, self.lr_size[0])
+        strip = self.model.render(lr.tensors, self.size, self.scale, rows, band, shared)
+        return strip.float()
+
+    def _encoded(self, first: int, end: int) -> Band:
+        """Encoded LR rows, at least first ... end - 1; those above are forgotten."""
+        while self.held is None or self.held.end < end:
+            if self.stream is None:
+                self.stream, self.next = self.model.stream(), max(0, first - self.model.halo)
+            stop = min(self.next + self.band, self.lr_size[0])
+            last, pixels = stop == self.lr_size[0], self.source(self.next, stop)
+            with torch.autocast(pixels.device.type, self.dtype, self.dtype != torch.float32):
+                if self.next == 0 and last:
+                    # In one piece, so that what `GaussianSR.compile` has made serves.
+                    band = Band(0, self.model.encode(pixels))
+                else:
+                    band = self.stream.feed(Band(self.next, (pixels,)), last)
+            self._advance((stop - self.next) * self.lr_size[1], 0)
+            self.next = stop
+            self.held = self.held if band is None else join(self.held, band)
+        if first > self.held.first and self.band < self.lr_size[0]:
+            self.held = self.held.rows(first, self.held.end)
+        return self.held
+
+    def _shared(self):
+        """What `official` needs to know of the whole picture before the first row."""
+        if not hasattr(self.model.head, "shared"):
+            return None
+        if not self._two_passes():
+            return self.model.head.shared(self._encoded(0, self.lr_size[0]).tensors.gaussians)
+        gaussians, done = [], 0
+        while done < self.lr_size[0]:
+            band = self._encoded(done, done + 1)
+            gaussians.append(band.tensors.gaussians)
+            done, self.held = band.end, None
+        self._rewind()
+        return self.model.head.shared(torch.cat(gaussians, dim=-2))
+
+    def _two_passes(self) -> bool:
+        if not hasattr(self.model.head, "shared") or self.band >= self.lr_size[0]:
+            return False
+        channels = self.model.config.encoder.n_feats
+        return 4 * channels * self.batch * math.prod(self.lr_size) > KEEP
+
+    def _rewind(self) -> None:
+        self.stream, self.held, self.next = None, None, 0
+
+    def _halve(self, error: Exception) -> None:
+        """Go on with bands and strips of half the size, from where the result has got to."""
+        if self.band == self.strip == 1:
+            raise InputError(
+                "there is not enough memory to encode and render even single rows of this picture; "
+                "cut it into parts, or use a machine with more memory"
+            ) from error
+        self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
+        self._rewind()
+        if _device(self.model).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _advance(self, pixels: int, which: int) -> None:
+        if self.bar is not None:
+            step = self.batch * pixels * _costs(self.model)[which]
+            self.bar.update(min(step, max(self.bar.total - self.bar.n, 0)))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU's allocator has no exception of its own.
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
+def _dtype(precision: str, work: _Work) -> torch.dtype:
+    """The type that convolutions run in."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if precision == "auto":
+        large = work.lr_size[0] * work.lr_size[1] >= 8 * PROBE**2
+        precision = "bf16" if large and _has_bf16(work.model) and _bf16_is_enough(work) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _has_bf16(model: GaussianSR) -> bool:
+    device = _device(model)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without instructions for it, a processor is slower in bf16 than in float32.
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def _bf16_is_enough(work: _Work) -> bool:
+    """Whether bf16 loses at most LOSS dB in giving back the picture's middle from its half size."""
+    (h, w), side = work.lr_size, PROBE
+    top, left = (h - min(h, side)) // 2, (w - min(w, side)) // 2
+    true = work.source(top, top + min(h, side))[:1, :, :, left : left + side]
+    from gsr.resize import imresize
+
+    half = imresize(true[0].permute(1, 2, 0).cpu().numpy(), 0.5)
+    lr = torch.from_numpy(half).permute(2, 0, 1)[None].to(true)
+    error = {
+        p: (run(work.model, lr, true.shape[-2:], precision=p) - true).square().mean().item()
+        for p in ("fp32", "bf16")
+    }
+    return error["bf16"] <= error["fp32"] * 10 ** (LOSS / 10)
 
 
 def _costs(model: GaussianSR) -> tuple[float, float]:
@@ -208,6 +299,8 @@ def upscale(
     model: GaussianSR | None = None,
     progress: bool = False,
     max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
+    precision: str = "auto",
 ) -> Any:
     """Enlarge a picture to any size; the same kind of object comes back, values clamped.
 
@@ -219,8 +312,11 @@ def upscale(
       * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
     Give exactly one of `scale`, a number or (s_y, s_x), each at least 1, and `size`, whole numbers
     (H, W), at least the picture's. `model` is the bundled one (`gsr.load()`) if left out, and
-    computes in float32 on its own device. `progress` shows a bar on stderr; `max_pixels` bounds
-    H * W.
+    computes on its own device. `progress` shows a bar on stderr; `max_pixels` bounds H * W;
+    `max_memory` is how many bytes the process may hold at a time, picture and result included.
+
+    `precision` is "fp32", "bf16" or "auto". Auto takes bf16 for large pictures where the processor
+    has it, if it loses at most 0.01 dB in giving back a part of this picture from its half size.
 
     Raises InputError for another kind, shape or dtype of picture, values that are not finite or
     outside [0, 1], and sizes or scales that are not as above.
@@ -232,14 +328,15 @@ def upscale(
             f"model must be a GaussianSR, as gsr.load(path) returns, not {type(model).__name__}"
         )
     with _bar(progress) as bar:
+        fill = functools.partial(_fill, model, max_memory, precision, bar)
         if isinstance(image, torch.Tensor):
-            return _upscale_tensor(image, scale, size, model, max_pixels, bar)
+            return _upscale_tensor(image, scale, size, max_pixels, fill)
         if isinstance(image, np.ndarray):
-            return _upscale_array(image, scale, size, model, max_pixels, bar)
+            return _upscale_array(image, scale, size, max_pixels, fill)
         from PIL import Image
 
         if isinstance(image, Image.Image):
-            return _upscale_pil(image, scale, size, model, max_pixels, bar)
+            return _upscale_pil(image, scale, size, max_pixels, fill)
     raise InputError(
         "image must be a Pillow image, a NumPy array or a torch tensor, "
         f"not {type(image).__name__}; gsr.image.read_image reads files"
@@ -253,7 +350,7 @@ def _bundled() -> GaussianSR:
     return load()
 
 
-def _upscale_tensor(image, scale, size, model, max_pixels, bar) -> torch.Tensor:
+def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
     shape = list(image.shape)
     if image.ndim not in (3, 4) or shape[-3] != 3:
         hint = "; permute(2, 0, 1) puts channels first" if shape[-1:] == [3] else ""
@@ -269,15 +366,22 @@ def _upscale_tensor(image, scale, size, model, max_pixels, bar) -> torch.Tensor:
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
     for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one picture
-        lr = lr.float().div(255) if image.dtype == torch.uint8 else lr.float()
-        _fill(hr, model, lr[None], out, scales, bar)
+        fill(hr, lr, out, scales)
     return result if image.ndim == 4 else result[0]
 
 
-def _fill(hr: torch.Tensor, model, lr, out, scales, bar) -> None:
-    """Render into hr [3, H, W], or [1, H, W] as grey: uint8 levels, or floats in [0, 1]."""
+def _fill(model, max_memory, precision, bar, hr: torch.Tensor, lr: torch.Tensor, out, scales):
+    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type."""
+    device = _device(model)
+
+    def source(first: int, end: int) -> torch.Tensor:
+        rows = lr[:, first:end].to(device).float().expand(3, -1, -1)[None]
+        return rows / 255 if lr.dtype == torch.uint8 else rows
+
+    shape = (1, 3, *lr.shape[-2:])
     with _inference(model):
-        for start, stop, strip in _strips(model, lr, out, scales, TILE, bar):
+        work = _Work(model, source, shape, out, scales, max_memory, precision, bar)
+        for start, stop, strip in work.strips():
             strip = strip[0].clamp_(0, 1)
             if hr.shape[0] == 1:
                 weights = strip.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
@@ -285,7 +389,7 @@ def _fill(hr: torch.Tensor, model, lr, out, scales, bar) -> None:
             hr[:, start:stop] = strip.mul_(255).round_() if hr.dtype == torch.uint8 else strip
 
 
-def _upscale_array(image, scale, size, model, max_pixels, bar) -> np.ndarray:
+def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
     shape = list(image.shape)
     if image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3, 4)):
         hint = "; transpose(1, 2, 0) puts channels last" if shape[:1] == [3] else ""
@@ -301,18 +405,20 @@ def _upscale_array(image, scale, size, model, max_pixels, bar) -> np.ndarray:
         _check_range(float(image.min()), float(image.max()))
     planes = image if image.ndim == 3 else image[..., None]
     channels = planes.shape[2]
-    colours = planes[..., :3] if channels > 1 else planes.repeat(3, axis=2)
-    # A copy, because arrays may be read-only, reversed or in the other byte order.
-    lr = torch.from_numpy(np.array(colours.transpose(2, 0, 1), np.float32, order="C"))[None]
-    result = np.empty((*out, channels), np.uint8 if image.dtype == np.uint8 else np.float32)
-    hr = torch.from_numpy(result).permute(2, 0, 1)[: min(channels, 3)]  # shares its memory
-    _fill(hr, model, lr.div_(255) if image.dtype == np.uint8 else lr, out, scales, bar)
+    if planes.dtype != np.uint8:
+        planes = planes.astype(np.float32)
+    if min(planes.strides) < 0 or not planes.flags.writeable:  # neither can be a tensor
+        planes = planes.copy()
+    result = np.empty((*out, channels), planes.dtype)
+    # Both share the arrays' memory.
+    lr, hr = (torch.from_numpy(a).permute(2, 0, 1)[: min(channels, 3)] for a in (planes, result))
+    fill(hr, lr, out, scales)
     if channels == 4:
         result[..., 3] = _bicubic(planes[..., 3], out)
     return (result if image.ndim == 3 else result[..., 0]).astype(image.dtype, copy=False)
 
 
-def _upscale_pil(image, scale, size, model, max_pixels, bar):
+def _upscale_pil(image, scale, size, max_pixels, fill):
     from PIL import Image
 
     from gsr.image import has_alpha, to_rgb, upright
@@ -327,7 +433,7 @@ def _upscale_pil(image, scale, size, model, max_pixels, bar):
         array = array[..., :1]
     if has_alpha(image):
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
-    array = _upscale_array(array, scale, size, model, max_pixels, bar)
+    array = _upscale_array(array, scale, size, max_pixels, fill)
     result = Image.fromarray(array[..., 0] if grey else array)
     if has_alpha(image):
         result.putalpha(Image.fromarray(_bicubic(alpha, array.shape[:2])))

@@ -12,26 +12,33 @@ from torch import Tensor
 from gsr.errors import InputError
 
 
-def bicubic(x: Tensor, size: tuple[int, int], rows: tuple[int, int] | None = None) -> Tensor:
+def bicubic(
+    x: Tensor,
+    size: tuple[int, int],
+    rows: tuple[int, int] | None = None,
+    band: tuple[int, int] | None = None,
+) -> Tensor:
     """Bicubic enlargement as in `F.interpolate(mode="bicubic", align_corners=False)` (a = -0.75).
 
     Args:
         x: [B, C, h, w].
         size: (H, W) of the whole result.
         rows: only the rows rows[0] to rows[1] of it, at the cost of those rows.
+        band: (top, height): x holds only the rows from `top` on of a picture of that height, among
+            them those within 2 of the nearest to `rows`.
 
     Returns:
         [B, C, H, W], or [B, C, rows[1] - rows[0], W].
     """
-    if rows is None:
+    if rows is None and band is None:
         return F.interpolate(x, size, mode="bicubic", align_corners=False)
-    h = x.shape[-2]
+    rows, (top, h) = rows or (0, size[0]), band or (0, x.shape[-2])
     y = (torch.arange(rows[0], rows[1], device=x.device, dtype=torch.float64) + 0.5) * h / size[0]
     first = torch.floor(y - 0.5)
     t = (y - 0.5 - first).to(x.dtype)
     tall = 0
     for tap in range(-1, 3):
-        row = (first.long() + tap).clamp(0, h - 1)
+        row = (first.long() + tap).clamp(0, h - 1) - top
         tall = tall + x.index_select(-2, row) * cubic((t - tap).abs())[:, None]
     return F.interpolate(tall, (len(y), size[1]), mode="bicubic", align_corners=False)
 

@@ -1,5 +1,7 @@
 """Enlarging: tiles and strips change nothing, every kind of picture comes back as itself."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,16 @@ from gsr import infer
 from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
 from gsr.errors import InputError
 from gsr.image import to_tensor
+from gsr.stream import Layer
 
 BICUBIC = Image.Resampling.BICUBIC
 
 
 @pytest.fixture(autouse=True)
 def small_strips(monkeypatch):
-    """Strips of a few rows, so that even these small pictures take several."""
+    """Strips and bands of a few rows, so that even these small pictures take several."""
     monkeypatch.setattr(infer, "STRIP_PIXELS", 200)
+    monkeypatch.setattr(infer, "BAND_PIXELS", 300)
 
 
 class Bicubic(torch.nn.Module):
@@ -38,7 +42,13 @@ class Bicubic(torch.nn.Module):
         self.calls.append((self.training, self.head.training, torch.is_inference_mode_enabled()))
         return DirectEncoded(*[lr] * 6)
 
-    def render(self, encoded, size, scale=None, rows=None):
+    def stream(self):
+        return Layer(self.encode, 0)
+
+    def rows_needed(self, rows, lr_size, size, scale=None):
+        return 0, lr_size[0]
+
+    def render(self, encoded, size, scale=None, rows=None, band=None, shared=None):
         # As Pillow: a = -0.5 and no overshoot handled; antialias selects that kernel.
         whole = torch.nn.functional.interpolate(encoded.lr, size, mode="bicubic", antialias=True)
         return whole[:, :, rows[0] : rows[1]]
@@ -68,36 +78,14 @@ def test_run_equals_the_model(mode, size, scale, monkeypatch):
     lr = torch.rand(2, 3, 34, 28)
     with torch.no_grad():
         expected = model.eval()(lr, size=size, scale=scale)
-    for tile in (11, 192):
-        result = infer.run(model, lr, size, scale, tile=tile)
+    for pixels in (1, 300, 1200, 10000):
+        monkeypatch.setattr(infer, "BAND_PIXELS", pixels)
+        result = infer.run(model, lr, size, scale)
         assert result.shape == (2, 3, *size) and result.dtype == torch.float32
         assert (result - expected).abs().max() < 1e-5
     # The test would see a halo that is too small: this picture does differ from bicubic.
     enlarged = torch.nn.functional.interpolate(lr, size, mode="bicubic")
     assert (expected - enlarged).abs().max() > 0.01
-
-
-def test_a_missing_halo_would_be_seen(tiny_model):
-    lr = torch.rand(1, 3, 34, 28)
-    with torch.inference_mode():
-        whole = tiny_model.encode(lr)
-        for field, expected in zip(infer.encode_tiled(tiny_model, lr, 9), whole, strict=True):
-            assert field.shape == expected.shape and (field - expected).abs().max() < 1e-6
-        type(tiny_model).halo, halo = 0, type(tiny_model).halo
-        try:
-            cut = infer.encode_tiled(tiny_model, lr, 9)
-        finally:
-            type(tiny_model).halo = halo
-    assert (cut.colour - whole.colour).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("length", [1, 8, 25, 26, 100])
-def test_spans_cover_everything_once(length):
-    spans = list(infer._spans(length, 10, 8))
-    assert [i for (start, stop), _ in spans for i in range(start, stop)] == list(range(length))
-    for (start, stop), (low, high) in spans:
-        assert low == max(0, start - 8) and high == min(length, stop + 8)
-        assert high - low <= 10 + 2 * 8
 
 
 def test_results_can_be_trained_on(tiny_model):
@@ -136,7 +124,7 @@ def test_progress_ends_at_its_total(tiny_model, monkeypatch):
             return super().update(n)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    infer.run(tiny_model, torch.rand(1, 3, 34, 28), (75, 60), progress=True, tile=9)
+    infer.run(tiny_model, torch.rand(1, 3, 34, 28), (75, 60), progress=True)
     infer.upscale(torch.rand(2, 3, 34, 28), 2, model=tiny_model, progress=True)
     assert len(bars) == 2
     for bar in bars:
@@ -382,3 +370,79 @@ def test_pictures_that_are_refused(tiny_model, image, sentence):
 def test_models_that_are_refused(picture):
     with pytest.raises(InputError, match="gsr.load"):
         gsr.upscale(picture, 2, model="gsr-lite")
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def drawn_model(mode, seed):
+    torch.manual_seed(seed)
+    model = gsr.GaussianSR(
+        ModelConfig(
+            mode,
+            EncoderConfig(n_feats=8, n_blocks=1),
+            DirectConfig(gaussians=2, width=8, radius=1 + seed % 2),
+            BankConfig(points=16, channels=4),
+            DecoderConfig(hidden_dim=8, hidden_list=[8]),
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("encoder", "head.out", "head.hidden")):
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+def test_bands_and_strips_change_nothing(mode, seed, monkeypatch):
+    """Any picture, scale, band and strip: what the model gives on the whole picture."""
+    rng = random.Random(seed)
+    h, w = rng.randint(1, 45), rng.randint(1, 40)
+    size = tuple(rng.randint(n, 5 * n) for n in (h, w))
+    monkeypatch.setattr(infer, "BAND_PIXELS", w * rng.randint(1, h))
+    monkeypatch.setattr(infer, "STRIP_PIXELS", size[1] * rng.randint(1, size[0]))
+    monkeypatch.setattr(infer, "KEEP", rng.choice([0, infer.KEEP]))
+    model, lr = drawn_model(mode, seed), torch.rand(1, 3, h, w)
+    with torch.no_grad():
+        expected = model(lr, size=size)
+    assert (infer.run(model, lr, size) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["direct", "official"])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_and_goes_on(mode, error, monkeypatch):
+    model, lr = drawn_model(mode, 3), torch.rand(1, 3, 40, 30)
+    with torch.no_grad():
+        expected = model(lr, scale=3)
+    monkeypatch.setattr(infer, "BAND_PIXELS", 30 * 16)
+    monkeypatch.setattr(infer, "STRIP_PIXELS", 90 * 20)
+    plain, calls = model.render, []
+
+    def render(*args, **kwargs):
+        rows = args[3]
+        calls.append(rows)
+        if rows[1] - rows[0] > 5 and rows[0] > 30:
+            raise error
+        return plain(*args, **kwargs)
+
+    model.render = render
+    assert (infer.run(model, lr, (120, 90)) - expected).abs().max() < 1e-5
+    assert any(b - a == 20 for a, b in calls) and calls[-1][1] - calls[-1][0] <= 5
+
+
+def test_other_errors_and_hopeless_pictures(tiny_model):
+    def fail(error):
+        def render(*args, **kwargs):
+            raise error
+
+        return render
+
+    tiny_model.render = fail(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        infer.run(tiny_model, torch.rand(1, 3, 8, 8), (16, 16))
+    tiny_model.render = fail(MemoryError())
+    with pytest.raises(InputError, match="not enough memory to encode and render even single rows"):
+        infer.run(tiny_model, torch.rand(1, 3, 8, 8), (16, 16))

@@ -81,7 +81,7 @@ def test_resume_is_exact(tmp_path, mode):
 
 def test_killed_and_resumed_is_never_killed(tmp_path):
     """SIGKILL at random moments, some of them inside a checkpoint's writing."""
-    steps = ["train.steps=60", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
+    steps = ["train.steps=120", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
 
     def command(folder, *extra):
         return [
@@ -103,7 +103,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
             not state.exists() or state.stat().st_mtime_ns == before
         ):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.15))
         if run.poll() is None:
             run.send_signal(signal.SIGKILL)
             kills += 1

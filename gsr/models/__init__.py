@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gsr.config import EncoderConfig, ModelConfig, check
 from gsr.errors import InputError
 from gsr.models.edsr import EDSR
+from gsr.stream import Chain, Layer, Residual
 
 ENCODERS = {"edsr": EDSR}
 HEADS = {
@@ -71,14 +72,32 @@ class GaussianSR(nn.Module):
     def _encode(self, lr: Tensor):
         return self.head.encode(self.encoder(lr), lr)
 
-    def render(self, encoded, size, scale=None, rows=None) -> Tensor:
+    def stream(self) -> Chain:
+        """`encode` by bands of rows, see `gsr.stream`; an encoder without one of its own is run
+        with its halo around each band."""
+        encoder = self.encoder
+        inner = encoder.stream() if hasattr(encoder, "stream") else Layer(encoder, encoder.halo)
+        both = Residual(inner, lambda lr, features: (*features, *lr))
+        return Chain(both, Layer(self.head.encode, self.head.halo))
+
+    def rows_needed(self, rows, lr_size, size, scale=None) -> tuple[int, int]:
+        """First and end of the LR rows of `encoded` on which HR rows (first, last) depend."""
+        size, scale = resolve_size(lr_size, size, scale)
+        return self.head.rows_needed(rows, lr_size, size, scale)
+
+    def render(self, encoded, size, scale=None, rows=None, band=None, shared=None) -> Tensor:
         """HR picture [B, 3, H, W] of `size` (H, W) from `encode`'s result, not clamped.
 
-        `scale` (s_y, s_x) matters to `official` only, see `resolve_size`; `rows` (first, last)
-        renders only those rows of the picture.
+        Args:
+            scale: (s_y, s_x), matters to `official` only, see `resolve_size`.
+            rows: (first, last), renders only those rows of the picture.
+            band: (top, height): `encoded` holds only the rows from `top` on of a LR picture of that
+                height, among them those that `rows_needed` asks for.
+            shared: what `head.shared` has made of the whole picture, where the head has that.
         """
-        size, scale = resolve_size(encoded[0].shape[-2:], size, scale)
-        return self.head.render(encoded, size, scale, rows)
+        h, w = encoded[0].shape[-2:]
+        size, scale = resolve_size((h if band is None else band[1], w), size, scale)
+        return self.head.render(encoded, size, scale, rows, band, shared)
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """Colours [B, Q, 3] of the HR picture of `size` at `coord` [B, Q, 2].

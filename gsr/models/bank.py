@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.errors import InputError
-from gsr.models.decoder import FourierDecoder, bicubic_neighbours
+from gsr.models.decoder import FourierDecoder, neighbourhoods
+from gsr.ops import rows_needed
 from gsr.resize import bicubic
 
 
@@ -140,16 +141,26 @@ class BankHead(nn.Module):
                 features, logits = features.float(), logits.float()
             return BankEncoded(features, self.bank(assign(logits, kind, hard=not self.training)))
 
-    def render(self, encoded: BankEncoded, size, scale, rows=None) -> Tensor:
+    def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+        """First and end of the LR rows on which HR rows depend."""
+        rows = max(rows[0] - 1, 0), min(rows[1] + 1, size[0])  # the decoder's 3 x 3 convolutions
+        splat = self.splat_rows_needed(rows, lr_size, size, scale)
+        rest = rows_needed(rows, lr_size[0], size[0], 2)  # the taps of bicubic resizing
+        return min(splat[0], rest[0]), max(splat[1], rest[1])
+
+    def render(
+        self, encoded: BankEncoded, size, scale, rows=None, band=None, shared=None
+    ) -> Tensor:
         """See `GaussianSR.render`. Nothing but the result is held for more than a strip of rows."""
-        splat, channels = self.splat_rows(encoded, size, scale), self.config.channels
+        splat = self.splat_rows(encoded, size, scale, band, shared)
+        channels = self.config.channels
 
         def strip(first: int, last: int) -> Tensor:  # [B, C, last - first, W]
-            rest = bicubic(encoded.features[:, channels:], size, (first, last))
+            rest = bicubic(encoded.features[:, channels:], size, (first, last), band)
             return torch.cat([splat(first, last), rest], dim=1)
 
         b, _, h, w = encoded.features.shape
-        return self.decoder.render(strip, b, (h, w), size, rows)
+        return self.decoder.render(strip, b, (h if band is None else band[1], w), size, rows)
 
     def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
         """See `GaussianSR.query`."""
@@ -160,17 +171,18 @@ class BankHead(nn.Module):
             step = torch.arange(-1, 2, device=y.device)
             ny = y[..., None] + step.repeat_interleave(3)
             nx = x[..., None] + step.repeat(3)
-            inside = (ny >= 0) & (ny < size[0]) & (nx >= 0) & (nx < size[1])
             ny, nx = ny.clamp(0, size[0] - 1), nx.clamp(0, size[1] - 1)
-            rest = bicubic_neighbours(encoded.features[:, channels:], size, y, x)
             splatted = splat(ny.flatten(1), nx.flatten(1)).view(*ny.shape, channels)
-            # The convolutions of `render` pad HR with zeros.
-            return torch.cat([splatted, rest], dim=-1) * inside[..., None]
+            return neighbourhoods(encoded.features, splatted, size, y, x)
 
         return self.decoder.query(neighbours, coord, encoded.features.shape[-2:], size)
 
-    def splat_rows(self, encoded: BankEncoded, size, scale):
+    def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
         """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""
+        raise NotImplementedError
+
+    def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+        """First and end of the LR rows on which those rows of it depend."""
         raise NotImplementedError
 
     def splat_points(self, encoded: BankEncoded, size, scale, queries: int):

@@ -8,6 +8,7 @@ that neither the 512 channels at HR nor a whole HR picture of features ever exis
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from gsr.config import DecoderConfig
 from gsr.resize import cubic
 
-STRIP = 2**14  # HR pixels decoded at a time: 32 MB of waves
+STRIP = 2**13  # HR pixels decoded at a time: 16 MB of waves, which stay in the last cache
+WIDE = 64  # channels from which on `affine` is a convolution
 
 
 def pixel_centres(n: int, device=None) -> Tensor:
@@ -39,6 +41,32 @@ def relative(q: Tensor, n: int) -> Tensor:
     return (q - pixel_centres(n, q.device)[nearest(q, n)]) * n
 
 
+@functools.lru_cache(maxsize=1)
+def _loops():
+    """`gsr.models.decode_cpu`, or None where Numba does not run."""
+    try:
+        from gsr.models import decode_cpu
+    except ImportError:
+        return None
+    return decode_cpu
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear`; on the CPU twice as fast.
+
+    PyTorch leaves products of matrices to MKL, which uses half of the vector unit of an AMD
+    processor, and convolutions to oneDNN. One of 1 x 1 that is called dilated, whatever that means,
+    goes there even from a single thread. Narrow ones gain nothing, and torch.compile would make
+    small and large strips of them into graphs of their own.
+    """
+    fit = x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] >= WIDE
+    if x.device.type != "cpu" or not fit:
+        return F.linear(x, weight, bias)
+    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, C, 1, N], channels last
+    out = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
 class FourierDecoder(nn.Module):
     """Features at HR [B, C, H, W] to RGB around [0, 1].
 
@@ -46,11 +74,16 @@ class FourierDecoder(nn.Module):
         in_channels: C.
         config: widths.
 
+    Attributes:
+        dtype: in which `render` multiplies matrices, float32 or bfloat16. The phases and the last
+            layer are float32 in both, and so is the result.
+
     Source: GaussianSR (AAAI 2025), section 3.4, after LTE (CVPR 2022), section 3.
     """
 
     def __init__(self, in_channels: int, config: DecoderConfig):
         super().__init__()
+        self.dtype = torch.float32
         d = config.hidden_dim
         self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
         self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
@@ -81,14 +114,15 @@ class FourierDecoder(nn.Module):
         # Allocated first: strips kept for a final `cat` would lie between the large buffers and
         # fragment the heap.
         out = weight.new_empty(batch, 3, last - first, size[1])
+        dtype = weight.dtype if self.dtype == torch.float32 else self.dtype
+        weight, bias = weight.to(dtype), bias.to(dtype)
         for a in range(first, last, step):
             b = min(a + step, last)
             features = strip(max(a - 1, 0), min(b + 1, size[0]))
             # Zero rows only where the picture ends: elsewhere the strips overlap.
             features = F.pad(features, (0, 0, int(a == 0), int(b == size[0])))
-            waves = F.conv2d(
-                features.contiguous(memory_format=torch.channels_last), weight, bias, padding=(0, 1)
-            )
+            features = features.to(dtype, memory_format=torch.channels_last)
+            waves = F.conv2d(features, weight, bias, padding=(0, 1))
             rgb = self.rgb(waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], cell)
             out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
         return out
@@ -119,7 +153,7 @@ class FourierDecoder(nn.Module):
                 index.append(pixel)
                 away.append(relative(q, lr_size[i])[..., None])
             around = neighbours(*index).flatten(2)
-            waves = F.linear(around, weight, bias)
+            waves = affine(around, weight, bias)
             ry, rx = (r.to(waves.dtype) for r in away)
             parts.append(self.rgb(waves, ry, rx, _cell(waves, lr_size, size)))
         return torch.cat(parts, dim=1)
@@ -133,15 +167,63 @@ class FourierDecoder(nn.Module):
 
     def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor) -> Tensor:
         """[..., 2 D], relative coordinate [..., 1] twice, relative cell [2] to [..., 3]."""
+        dtype = waves.dtype
+        x = self._modulated(waves, ry, rx, self.phase(cell))
+        *hidden, last = self.layers
+        for layer in hidden:
+            if isinstance(layer, nn.Linear):
+                x = affine(x, layer.weight.to(dtype), layer.bias.to(dtype))
+            else:  # in place where nothing needs it any more
+                x = layer(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+        return affine(x.to(last.weight.dtype), last.weight, last.bias) * 0.5 + 0.5
+
+    def _modulated(self, waves: Tensor, ry: Tensor, rx: Tensor, phase: Tensor) -> Tensor:
+        """Amplitudes times waves, [..., D] of the type of `waves`; phase [D / 2] in half turns."""
+        if _has_loops(waves, ry, rx, phase):
+            ry, rx = (r.expand(*waves.shape[:-1], 1) for r in (ry, rx))
+            return _loops().modulate(waves.contiguous(), ry, rx, phase)
         d = self.coef.out_channels
-        coef, fy, fx = waves.split([d, d // 2, d // 2], dim=-1)
-        phase = math.pi * (fy * ry + fx * rx + self.phase(cell))
-        return self.layers(coef * torch.cat([phase.cos(), phase.sin()], dim=-1)) * 0.5 + 0.5
+        coef, fy, fx = waves.to(phase.dtype).split([d, d // 2, d // 2], dim=-1)
+        phase = math.pi * (fy * ry + fx * rx + phase)
+        return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(waves.dtype)
+
+
+def _has_loops(waves: Tensor, *rest: Tensor) -> bool:
+    """Whether `decode_cpu.modulate` takes these tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and waves.device.type == "cpu"
+        and waves.dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype == torch.float32 for t in rest)
+        and not (torch.is_grad_enabled() and (rest[0].requires_grad or rest[1].requires_grad))
+        and _loops() is not None
+    )
 
 
 def _cell(like: Tensor, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Side of an HR pixel in LR half pixels, (y, x): [2]."""
     return like.new_tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)])
+
+
+def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column: Tensor) -> Tensor:
+    """The 3 x 3 pixels around HR pixels (row, column), zero beyond the picture.
+
+    Args:
+        features: [B, C, h, w], of which all but the first c channels are resized bicubically.
+        splatted: [B, Q, 9, c], what takes the place of the first c.
+        size: (H, W) of the resized picture.
+        row, column: [B, Q] int64.
+
+    Returns:
+        [B, Q, 9, C], row by row.
+    """
+    if features.device.type == "cpu" and (loops := _loops()):
+        return loops.neighbourhoods(features, splatted, size, row, column)
+    rest = bicubic_neighbours(features[:, splatted.shape[-1] :], size, row, column)
+    step = torch.arange(-1, 2, device=row.device)
+    y, x = row[..., None] + step.repeat_interleave(3), column[..., None] + step.repeat(3)
+    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+    return torch.cat([splatted, rest], dim=-1) * inside[..., None]
 
 
 def bicubic_neighbours(x: Tensor, size: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:

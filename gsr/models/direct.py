@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
-from gsr.ops import splat, splat_at
+from gsr.ops import rows_needed, splat, splat_at
 from gsr.resize import bicubic
 
 CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
@@ -79,12 +79,18 @@ class DirectHead(nn.Module):
             offset=self.reach * torch.tanh(offset),
         )
 
-    def render(self, e: DirectEncoded, size, scale=None, rows=None) -> Tensor:
+    def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+        """First and end of the LR rows on which HR rows depend; a bicubic tap is within 2."""
+        return rows_needed(rows, lr_size[0], size[0], max(self.radius, 2))
+
+    def render(
+        self, e: DirectEncoded, size, scale=None, rows=None, band=None, shared=None
+    ) -> Tensor:
         residual = splat(
             e.colour, e.sigma, e.rho, e.opacity, size, e.offset,
-            self.radius, self.normalize, self.eps, rows,
+            self.radius, self.normalize, self.eps, rows, band,
         )  # fmt: skip
-        return bicubic(e.lr, size, rows) + residual
+        return bicubic(e.lr, size, rows, band) + residual
 
     def query(self, e: DirectEncoded, size, coord: Tensor, scale=None) -> Tensor:
         extent = coord.new_tensor(e.lr.shape[-2:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
+from gsr.stream import Chain, Layer, Residual
 
 
 class ResBlock(nn.Module):
@@ -21,6 +22,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) * self.res_scale
+
+    def stream(self) -> Residual:
+        """The same for `gsr.stream`, each convolution for itself: the least rows come twice."""
+        first, relu, second = self.body
+        inner = Chain(Layer(lambda x: relu(first(x)), 1), Layer(second, 1))
+        return Residual(inner, lambda x, y: (x[0] + y[0] * self.res_scale,))
 
 
 class EDSR(nn.Module):
@@ -42,3 +49,12 @@ class EDSR(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         x = self.head((lr - 0.5) / 0.5)
         return x + self.body(x)
+
+    def stream(self) -> Chain:
+        """`forward` by bands of rows."""
+        *blocks, last = self.body
+        body = Chain(*[block.stream() for block in blocks], Layer(last, 1))
+        return Chain(
+            Layer(lambda lr: self.head((lr - 0.5) / 0.5), 1),
+            Residual(body, lambda x, y: (x[0] + y[0],)),
+        )

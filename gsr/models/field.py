@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsr.config import ModelConfig
 from gsr.models.bank import BankEncoded, BankHead, BoundedBank, pick
-from gsr.ops import splat, splat_at
+from gsr.ops import rows_needed, splat, splat_at
 
 EPS = 1e-12  # far below the least total weight, see BoundedBank: constant features stay constant
 
@@ -28,11 +28,14 @@ class FieldHead(BankHead):
         self.radius = config.bank.window // 2
         super().__init__(config, BoundedBank(config.bank.points, self.radius))
 
-    def splat_rows(self, encoded: BankEncoded, size, scale):
+    def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
         gaussians = self._gaussians(encoded)
         return lambda first, last: splat(
-            *gaussians, size, radius=self.radius, eps=EPS, rows=(first, last)
+            *gaussians, size, radius=self.radius, eps=EPS, rows=(first, last), band=band
         )
+
+    def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+        return rows_needed(rows, lr_size[0], size[0], self.radius)
 
     def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
         if 9 * queries >= size[0] * size[1]:  # then the whole picture is less work

@@ -15,14 +15,21 @@ from torch import Tensor
 from gsr.config import ModelConfig
 from gsr.errors import InputError
 from gsr.models.bank import BankEncoded, BankHead, GaussianBank, pick
-from gsr.ops import splat_windows
-from gsr.resize import bicubic, cubic
+from gsr.ops import rows_needed, splat_windows
+from gsr.resize import bicubic
 
 
-def whole_windows(x: Tensor, window: int) -> Tensor:
-    """Resize [B, C, h, w] bicubically to the next multiples of `window`; identity if it is one."""
-    size = tuple(math.ceil(n / window) * window for n in x.shape[-2:])
-    return x if size == tuple(x.shape[-2:]) else bicubic(x, size)
+def whole_windows(x: Tensor, window: int, rows=None, band=None) -> Tensor:
+    """Resize [B, C, h, w] bicubically to the next multiples of `window`; identity if it is one.
+
+    `rows` (top, end) gives only those rows of windows; `band` is that of `gsr.resize.bicubic`.
+    """
+    top, h = band or (0, x.shape[-2])
+    size = tuple(math.ceil(n / window) * window for n in (h, x.shape[-1]))
+    rows = None if rows is None else (rows[0] * window, rows[1] * window)
+    if size != (h, x.shape[-1]):
+        return bicubic(x, size, rows, band)
+    return x if rows is None else x[:, :, rows[0] - top : rows[1] - top]
 
 
 def window_side(scale: tuple[float, float], window: int, taps: int) -> tuple[int, int]:
@@ -67,12 +74,24 @@ def window_kernels(gaussians: Tensor, window: int = 7, taps: int = 5) -> Tensor:
     return opacity * torch.exp(power - power.amax(dim=(1, 2), keepdim=True))
 
 
+def windows_touched(rows: tuple[int, int], count: int, side: int, h_hr: int) -> tuple[int, int]:
+    """First and end of the rows of windows, of `count`, that HR rows, of h_hr, are resized from.
+
+    `side` is the HR rows of a window, before the resize.
+    """
+    # From the first tap of the first row to the last tap of the last row.
+    ends = rows[0], rows[1] - 1
+    first, last = (math.floor((y + 0.5) * count * side / h_hr - 0.5) for y in ends)
+    return max(0, first - 1) // side, min(count * side - 1, last + 2) // side + 1
+
+
 def shared_splat(
     features: Tensor,
     kernels: Tensor,
     side: tuple[int, int],
     size: tuple[int, int],
     rows: tuple[int, int] | None = None,
+    windows: tuple[int, int] | None = None,
 ) -> Tensor:
     """Splat windows of features with the kernels they share, and resize the result to `size`.
 
@@ -82,31 +101,19 @@ def shared_splat(
         side: (k_y, k_x), HR pixels of a window.
         size: (H, W).
         rows: only the rows rows[0] to rows[1], at the cost of the windows that they touch.
+        windows: (top, count): features hold only the rows of windows from `top` on, of `count`.
 
     Returns:
         [B, c, H, W], or [B, c, rows[1] - rows[0], W].
 
     Source: the published code; window seams and holes between kernels at large scales belong to it.
     """
-    window = math.isqrt(len(kernels))
-    first, last = rows or (0, size[0])
-    tall = features.shape[2] // window * side[0]  # height of all windows, HR pixels
-    # Source rows from the first tap of the first row to the last tap of the last row.
-    low = max(0, math.floor((first + 0.5) * tall / size[0] - 0.5) - 1)
-    high = min(tall, math.floor((last - 0.5) * tall / size[0] - 0.5) + 3)
-    top, end = low // side[0], (high - 1) // side[0] + 1  # rows of windows
-    band = splat_windows(features[:, :, top * window : end * window], kernels, side)
-
-    # `bicubic` with rows, for a source of which only the rows of `band` exist.
-    y = (torch.arange(first, last, device=features.device, dtype=torch.float64) + 0.5) * tall
-    y = y / size[0] - 0.5
-    tap = torch.floor(y)
-    t = (y - tap).to(band.dtype)
-    resized = 0
-    for step in range(-1, 3):
-        row = (tap.long() + step).clamp(0, tall - 1) - top * side[0]
-        resized = resized + band.index_select(2, row) * cubic((t - step).abs())[:, None]
-    return bicubic(resized, (last - first, size[1]))
+    window, rows = math.isqrt(len(kernels)), rows or (0, size[0])
+    above, count = windows or (0, features.shape[2] // window)
+    top, end = windows_touched(rows, count, side[0], size[0])
+    part = features[:, :, (top - above) * window : (end - above) * window]
+    splatted = splat_windows(part, kernels, side)
+    return bicubic(splatted, size, rows, (top * side[0], count * side[0]))
 
 
 class OfficialHead(BankHead):
@@ -119,13 +126,33 @@ class OfficialHead(BankHead):
     def __init__(self, config: ModelConfig):
         super().__init__(config, GaussianBank(config.bank.points))
 
-    def splat_rows(self, encoded: BankEncoded, size, scale):
+    def shared(self, gaussians: Tensor) -> Tensor:
+        """The kernels that all windows of a picture share, from all its Gaussians [B, 4, h, w]."""
         c = self.config
-        features = whole_windows(encoded.features[:, : c.channels], c.window)
-        gaussians = whole_windows(encoded.gaussians, c.window)
-        kernels = window_kernels(gaussians, c.window, c.kernel_size)
-        side = window_side(scale, c.window, c.kernel_size)
-        return lambda first, last: shared_splat(features, kernels, side, size, (first, last))
+        return window_kernels(whole_windows(gaussians, c.window), c.window, c.kernel_size)
+
+    def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
+        window = self.config.window
+        kernels = self.shared(encoded.gaussians) if shared is None else shared
+        side = window_side(scale, window, self.config.kernel_size)
+        features = encoded.features[:, : self.config.channels]
+        if band is None:
+            features = whole_windows(features, window)
+            return lambda first, last: shared_splat(features, kernels, side, size, (first, last))
+
+        def splat(first: int, last: int) -> Tensor:
+            count = math.ceil(band[1] / window)
+            touched = windows_touched((first, last), count, side[0], size[0])
+            part = whole_windows(features, window, touched, band)
+            return shared_splat(part, kernels, side, size, (first, last), (touched[0], count))
+
+        return splat
+
+    def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+        window, count = self.config.window, math.ceil(lr_size[0] / self.config.window)
+        side = window_side(scale, window, self.config.kernel_size)
+        top, end = windows_touched(rows, count, side[0], size[0])
+        return rows_needed((top * window, end * window), lr_size[0], count * window, 2)
 
     def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
         # 392 multiply-adds an HR pixel, as much as the decoder at one pixel in 1400.

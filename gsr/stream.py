@@ -1,0 +1,113 @@
+"""Networks at LR run over a picture by bands of rows, in the memory of a band.
+
+Rows go in at the top of the picture, and come out as soon as all they depend on has come. Every
+convolution keeps the few rows of its input that those below still need, so that nothing is
+computed twice but one row above and below each band, and the result is that of the whole picture.
+
+    stream = Chain(Layer(conv, 1), Residual(Chain(Layer(block, 2)), add))
+    out = stream.feed(Band(0, (rows,)), last=False)
+
+A node is made for one picture, fed from top to bottom and thrown away. It may start below the
+picture's top: rows that depend on what is above then never come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Band(NamedTuple):
+    """Rows first ... of a picture, in a tuple, named or not, of tensors [B, ..., rows, w]."""
+
+    first: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def end(self) -> int:
+        return self.first + self.tensors[0].shape[-2]
+
+    def rows(self, first: int, end: int) -> Band:
+        """Those from first to end - 1, as views."""
+        part = slice(first - self.first, end - self.first)
+        return Band(first, _like(self.tensors, (t[..., part, :] for t in self.tensors)))
+
+    def kept(self, first: int) -> Band:
+        """Those from first on, in memory of their own: a view would hold on to all the others."""
+        tensors = self.rows(first, self.end).tensors
+        return Band(first, _like(tensors, (t.clone() for t in tensors)))
+
+
+def join(upper: Band | None, lower: Band) -> Band:
+    """One band of two that follow each other."""
+    if upper is None or upper.end == upper.first:
+        return lower
+    pairs = zip(upper.tensors, lower.tensors, strict=True)
+    return Band(upper.first, _like(lower.tensors, (torch.cat(pair, dim=-2) for pair in pairs)))
+
+
+def _like(tensors: tuple, others: Iterable[Tensor]) -> tuple:
+    """Others as a tuple of the same kind, named or not."""
+    return type(tensors)._make(others) if hasattr(tensors, "_make") else tuple(others)
+
+
+class Layer:
+    """A function of all rows within `reach`: convolutions with zero padding, as a rule.
+
+    Args:
+        function: of one or more tensors [B, ..., n, w] to a tensor or a tuple with as many rows.
+        reach: rows above and below a row that its result depends on.
+    """
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], reach: int):
+        self.function, self.reach = function, reach
+        self.held: Band | None = None
+        self.next = -1  # the next row to come out
+
+    def feed(self, band: Band, last: bool) -> Band | None:
+        """The rows that can be told from what has come until now, if any."""
+        if self.held is None:
+            # At the picture's own top the function's padding is right.
+            self.next = band.first + self.reach if band.first else 0
+        x = self.held = join(self.held, band)
+        end = x.end if last else x.end - self.reach
+        if end <= self.next:
+            return None
+        y = self.function(*x.tensors)
+        y = Band(x.first, y if isinstance(y, tuple) else (y,)).rows(self.next, end)
+        self.held, self.next = x.kept(max(x.first, end - self.reach)), end
+        return y
+
+
+class Chain:
+    """One node after the other."""
+
+    def __init__(self, *nodes: Layer | Chain | Residual):
+        self.nodes = nodes
+
+    def feed(self, band: Band | None, last: bool) -> Band | None:
+        for node in self.nodes:
+            if band is not None:
+                band = node.feed(band, last)
+        return band
+
+
+class Residual:
+    """merge(x, inner(x)), each a tuple of tensors; the rows of x wait for those of inner(x)."""
+
+    def __init__(self, inner: Layer | Chain | Residual, merge: Callable[[tuple, tuple], tuple]):
+        self.inner, self.merge = inner, merge
+        self.held: Band | None = None
+
+    def feed(self, band: Band, last: bool) -> Band | None:
+        self.held = join(self.held, band)
+        out = self.inner.feed(band, last)
+        if out is None:
+            return None
+        x = self.held.rows(out.first, out.end)
+        out = Band(out.first, self.merge(x.tensors, out.tensors))
+        self.held = self.held.kept(out.end)
+        return out

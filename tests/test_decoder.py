@@ -1,0 +1,228 @@
+"""The Fourier decoder: its fast paths against the plain formula in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gsr.config import DecoderConfig
+from gsr.models import decoder
+from gsr.models.decoder import FourierDecoder, affine, bicubic_neighbours, neighbourhoods
+
+LOOPS = decoder._loops()
+needs_loops = pytest.mark.skipif(LOOPS is None, reason="Numba does not run")
+
+
+def make(channels=12, width=64, layers=(64, 64)):
+    torch.manual_seed(0)
+    made = FourierDecoder(channels, DecoderConfig(hidden_dim=width, hidden_list=list(layers)))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            p.mul_(3 if "phase" in name else 1.5 if "weight" in name else 1)
+    return made
+
+
+def plain(dec, features, lr_size):
+    """The published formula for a whole picture, in float64: no strips, nothing merged."""
+    p = {name: t.double() for name, t in dec.state_dict(keep_vars=True).items()}
+    x = features.double()
+    size = x.shape[-2:]
+    coef, freq = (
+        F.conv2d(x, p[f"{n}.weight"], p[f"{n}.bias"], padding=1) for n in ("coef", "freq")
+    )
+    away = []
+    for n, n_hr in zip(lr_size, size, strict=True):
+        hr = (2 * torch.arange(n_hr, dtype=torch.float64) + 1) / n_hr - 1
+        lr = (2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1
+        nearest = decoder.nearest(decoder.pixel_centres(n_hr), n)  # float32 decides ties
+        away.append((hr - lr[nearest]) * n)
+    cell = torch.tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)]).double()
+    phase = freq[:, 0::2] * away[0][:, None] + freq[:, 1::2] * away[1]
+    phase = math.pi * (phase + (p["phase.weight"] @ cell)[:, None, None])
+    y = (coef * torch.cat([phase.cos(), phase.sin()], dim=1)).permute(0, 2, 3, 1)
+    for i in range(0, len(dec.layers) - 1, 2):
+        y = F.gelu(F.linear(y, p[f"layers.{i}.weight"], p[f"layers.{i}.bias"]))
+    last = len(dec.layers) - 1
+    y = F.linear(y, p[f"layers.{last}.weight"], p[f"layers.{last}.bias"])
+    return y.permute(0, 3, 1, 2) * 0.5 + 0.5
+
+
+def render(dec, features, lr_size):
+    size = features.shape[-2:]
+    return dec.render(lambda a, b: features[:, :, a:b], len(features), lr_size, size)
+
+
+def distance(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+SIZES = [
+    ((3, 4), (9, 12)),
+    ((5, 7), (5, 7)),
+    ((6, 5), (13, 31)),
+    ((9, 9), (4, 6)),
+    ((1, 1), (1, 3)),
+]
+
+
+@pytest.mark.parametrize("lr_size, size", SIZES)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("loops", [False, True])
+def test_render_is_the_formula(lr_size, size, grad, loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(decoder, "_loops", lambda: None)
+    monkeypatch.setattr(decoder, "STRIP", 3 * 2 * size[1])
+    dec, features = make(), torch.randn(2, 12, *size)
+    want = plain(dec, features, lr_size)
+    assert want.std() > 0.05
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(
+            render(dec, features, lr_size), want.float(), atol=2e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_gradients_are_those_of_the_formula(loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(decoder, "_loops", lambda: None)
+    dec, features = make(), torch.randn(2, 12, 13, 31, requires_grad=True)
+    weight, grads = torch.randn(2, 3, 13, 31), []
+    for out in (render(dec, features, (6, 5)), plain(dec, features, (6, 5))):
+        dec.zero_grad(), setattr(features, "grad", None)
+        (out * weight).sum().backward()
+        grads.append([features.grad.clone(), *(p.grad.clone() for p in dec.parameters())])
+    assert all(want.abs().max() > 0 for want in grads[1])
+    for got, want in zip(*grads, strict=True):
+        assert distance(got, want) < 1e-5
+
+
+def test_bfloat16_is_as_near_as_its_numbers_allow():
+    """Eight layers whose every number is rounded by at most 2^-9 of it."""
+    dec, features = make(width=256, layers=[256] * 4), torch.rand(1, 12, 24, 30) - 0.5
+    want = plain(dec, features, (6, 10)) - 0.5
+    dec.dtype = torch.bfloat16
+    outs = []
+    for loops in (True, False):
+        for grad in (False, True):
+            with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+                if not loops:
+                    patch.setattr(decoder, "_loops", lambda: None)
+                out = render(dec, features, (6, 10))
+            assert out.dtype == torch.float32
+            assert 1e-4 < distance(out - 0.5, want) < 2**-6
+            outs.append(out.detach())
+    assert all(distance(out, outs[0]) < 2**-7 for out in outs)
+    dec.dtype = torch.float32
+    assert distance(render(dec, features, (6, 10)) - 0.5, want) < 1e-5
+
+
+def test_render_is_repeatable_and_leaves_its_input_alone():
+    dec, features = make(), torch.randn(1, 12, 40, 50)
+    before = features.clone()
+    with torch.inference_mode():
+        first = render(dec, features, (10, 20))
+        assert torch.equal(render(dec, features, (10, 20)), first)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("channels", [3, 64, 200])
+def test_affine_is_a_linear_layer(channels):
+    x, w, b = torch.randn(2, 5, 7, channels), torch.randn(9, channels), torch.randn(9)
+    x, w, b = (t.requires_grad_() for t in (x, w, b))
+    g = torch.randn(2, 5, 7, 9)
+    got, want = affine(x, w, b), F.linear(x.double(), w.double(), b.double())
+    torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-5)
+    for a, c in zip(
+        torch.autograd.grad(got, (x, w, b), g),
+        torch.autograd.grad(want, (x, w, b), g.double()),
+        strict=True,
+    ):
+        assert distance(a, c) < 1e-6
+
+
+@needs_loops
+@pytest.mark.parametrize("scale", [1, 30, 1e4])
+def test_waves(scale):
+    """Frequencies far beyond one turn, where taking turns off must not lose digits."""
+    both = torch.randn(300, 512) * torch.cat([torch.ones(256), torch.full((256,), float(scale))])
+    ry, rx, phase = torch.rand(300) * 2 - 1, torch.rand(300) * 2 - 1, torch.randn(128)
+    got = LOOPS.modulate(both, ry, rx, phase).double()
+    coef, fy, fx = both.double().split([256, 128, 128], dim=1)
+    t = math.pi * (fy * ry[:, None] + fx * rx[:, None] + phase)
+    want = coef * torch.cat([t.cos(), t.sin()], dim=1)
+    size = (fy * ry[:, None]).abs() + (fx * rx[:, None]).abs() + phase.abs() + 1  # half turns
+    bound = 2**-22 * math.pi * coef.abs() * size.repeat(1, 2)
+    assert ((got - want).abs() < bound).all()
+    # Whole and half turns are exact.
+    turns = torch.zeros(1, 8)
+    turns[0, :4], turns[0, 4:6] = 1, torch.tensor([float(int(scale)), int(scale) + 1.0])
+    one = torch.ones(1)
+    half = LOOPS.modulate(turns, one, one, torch.tensor([0.0, 0.5]))
+    assert half[0, 0].abs() == 1 and half[0, 2].abs() == 0 and half[0, 3].abs() > 1 - 2e-7
+
+
+@needs_loops
+def test_waves_in_bfloat16_round_to_the_nearest():
+    both = torch.randn(40, 64).bfloat16()
+    ry, rx, phase = torch.rand(40), torch.rand(40), torch.randn(16)
+    got = LOOPS.modulate(both, ry, rx, phase)
+    want = LOOPS.modulate(both.float(), ry, rx, phase).bfloat16()
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want)
+
+
+@needs_loops
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_matter(threads):
+    torch.manual_seed(0)
+    n, before = 20_000, torch.get_num_threads()
+    both = torch.randn(n, 8, requires_grad=True)
+    phase, r = torch.randn(2, requires_grad=True), torch.rand(n)
+    torch.set_num_threads(threads)
+    try:
+        LOOPS.modulate(both, r, r.flip(0), phase).square().sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    coef, fy, fx = both.detach().double().split([4, 2, 2], dim=1)
+    t = fy * r[:, None] + fx * r.flip(0)[:, None] + phase.detach()
+    a, b = coef.split(2, dim=1)
+    want = (math.pi * (b * b - a * a) * (2 * math.pi * t).sin()).sum(0)
+    torch.testing.assert_close(phase.grad.double(), want, atol=1e-2, rtol=1e-5)
+
+
+@needs_loops
+@pytest.mark.parametrize("size", [(1, 1), (4, 30), (9, 11), (13, 17), (22, 28), (60, 35)])
+def test_neighbourhoods(size):
+    """Against the form without Numba, which tests/test_field.py compares with resizing."""
+    g = torch.Generator().manual_seed(0)
+    index = torch.arange(size[0] * size[1])[torch.randint(size[0] * size[1], (2, 50), generator=g)]
+    row, column = index // size[1], index % size[1]
+    x = torch.randn(2, 7, 9, 11, generator=g, requires_grad=True)
+    splatted = torch.randn(2, 50, 9, 3, generator=g, requires_grad=True)
+    weight, results = torch.randn(2, 50, 9, 7, generator=g), []
+    for loops in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not loops:
+                patch.setattr(decoder, "_loops", lambda: None)
+            out = neighbourhoods(x, splatted, size, row, column)
+        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), (x, splatted))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    assert bicubic_neighbours(x[:, 3:], size, row, column).shape == (2, 50, 9, 4)
+
+
+@needs_loops
+def test_gradient_of_neighbourhoods_by_differences():
+    x = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    splatted = torch.randn(2, 3, 9, 1, dtype=torch.float64, requires_grad=True)
+    row, column = torch.tensor([[0, 3, 5], [2, 2, 4]]), torch.tensor([[0, 5, 6], [1, 1, 0]])
+    assert torch.autograd.gradcheck(
+        lambda x, s: neighbourhoods(x, s, (6, 7), row, column), (x, splatted)
+    )
+
+
+def test_coordinates_may_take_gradients():
+    dec = make()
+    waves, r = torch.randn(5, 128), torch.zeros(5, 1, requires_grad=True)
+    dec.rgb(waves, r, r, torch.ones(2)).sum().backward()
+    assert r.grad.abs().min() > 0
