@@ -108,7 +108,8 @@ class _Work:
         needed = self.model.rows_needed(rows, self.lr_size, self.size, self.scale)
         lr = self._encoded(*needed)
         band = None if lr.end - lr.first == self.lr_size[0] else (lr.first, self.lr_size[0])
-        strip = self.model.render(lr.tensors, self.size, self.scale, rows, band, shared)
+        with _decoding(self.model, self.dtype):
+            strip = self.model.render(lr.tensors, self.size, self.scale, rows, band, shared)
         return strip.float()
 
     def _encoded(self, first: int, end: int) -> Band:
@@ -170,6 +171,20 @@ class _Work:
         if self.bar is not None:
             step = self.batch * pixels * _costs(self.model)[which]
             self.bar.update(min(step, max(self.bar.total - self.bar.n, 0)))
+
+
+@contextmanager
+def _decoding(model, dtype: torch.dtype) -> Iterator[None]:
+    """The decoder of `field` and `official`, if there is one, multiplying matrices in that type."""
+    decoder = getattr(model.head, "decoder", None)
+    if decoder is None:
+        yield
+        return
+    before, decoder.dtype = decoder.dtype, dtype
+    try:
+        yield
+    finally:
+        decoder.dtype = before
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -32,15 +32,24 @@ def bicubic(
     """
     if rows is None and band is None:
         return F.interpolate(x, size, mode="bicubic", align_corners=False)
-    rows, (top, h) = rows or (0, size[0]), band or (0, x.shape[-2])
-    y = (torch.arange(rows[0], rows[1], device=x.device, dtype=torch.float64) + 0.5) * h / size[0]
+    rows = rows or (0, size[0])
+    tall = bicubic_rows(x, size[0], rows, band)
+    return F.interpolate(tall, (rows[1] - rows[0], size[1]), mode="bicubic", align_corners=False)
+
+
+def bicubic_rows(
+    x: Tensor, height: int, rows: tuple[int, int], band: tuple[int, int] | None = None
+) -> Tensor:
+    """The first half of `bicubic`: HR rows at LR columns, [B, C, rows[1] - rows[0], w]."""
+    top, h = band or (0, x.shape[-2])
+    y = (torch.arange(*rows, device=x.device, dtype=torch.float64) + 0.5) * h / height
     first = torch.floor(y - 0.5)
     t = (y - 0.5 - first).to(x.dtype)
     tall = 0
     for tap in range(-1, 3):
         row = (first.long() + tap).clamp(0, h - 1) - top
         tall = tall + x.index_select(-2, row) * cubic((t - tap).abs())[:, None]
-    return F.interpolate(tall, (len(y), size[1]), mode="bicubic", align_corners=False)
+    return tall
 
 
 def cubic(t: Tensor, a: float = -0.75) -> Tensor:

@@ -19,7 +19,7 @@ from gsr.config import ModelConfig
 from gsr.errors import InputError
 from gsr.models.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
-from gsr.resize import bicubic
+from gsr.resize import bicubic_rows
 
 
 def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
@@ -155,9 +155,9 @@ class BankHead(nn.Module):
         splat = self.splat_rows(encoded, size, scale, band, shared)
         channels = self.config.channels
 
-        def strip(first: int, last: int) -> Tensor:  # [B, C, last - first, W]
-            rest = bicubic(encoded.features[:, channels:], size, (first, last), band)
-            return torch.cat([splat(first, last), rest], dim=1)
+        def strip(first: int, last: int) -> tuple[Tensor, Tensor]:
+            tall = bicubic_rows(encoded.features[:, channels:], size[0], (first, last), band)
+            return splat(first, last), tall
 
         b, _, h, w = encoded.features.shape
         return self.decoder.render(strip, b, (h if band is None else band[1], w), size, rows)

@@ -38,10 +38,13 @@ def _entry(function):
         return numba.njit(**options)(function)
 
 
-def _run(task, n: int, step: int = BLOCK) -> None:
-    """task(first, last) for consecutive parts of range(n), on PyTorch's number of threads."""
+def _run(task, n: int, step: int = BLOCK, pixels: int = 1) -> None:
+    """task(first, last) for consecutive parts of range(n), on PyTorch's number of threads.
+
+    Each of the n is so many pixels.
+    """
     parts = [(first, min(first + step, n)) for first in range(0, n, step)]
-    if torch.get_num_threads() == 1 or n <= 16 * BLOCK:  # then less work than starting threads
+    if torch.get_num_threads() == 1 or n * pixels <= 4 * BLOCK:  # less work than starting threads
         for part in parts:
             task(*part)
     else:
@@ -123,38 +126,83 @@ class _Modulate(torch.autograd.Function):
 
 @_entry
 def _waves_bf16(out, both, ry, rx, phase, first, last):
-    """`_waves` of bfloat16 as int16: the upper halves of float32."""
+    """`_waves` with a result of bfloat16 as int16: the upper halves of float32."""
     m = len(phase)
-    wide, sums = np.empty(4 * m, np.int32), np.empty(2 * m, np.int32)
-    values, results = wide.view(np.float32), sums.view(np.float32)
+    sums = np.empty(2 * m, np.int32)
+    results = sums.view(np.float32)
     for n in range(first, last):
-        for i in range(4 * m):
-            wide[i] = np.int32(both[4 * m * n + i]) << 16
-        _waves(results, values, ry[n : n + 1], rx[n : n + 1], phase, 0, 1)
+        _waves(results, both[4 * m * n :], ry[n : n + 1], rx[n : n + 1], phase, 0, 1)
         for i in range(2 * m):  # to the nearest, halves to even
             out[2 * m * n + i] = (sums[i] + 0x7FFF + ((sums[i] >> 16) & 1)) >> 16
 
 
-def modulate(both: Tensor, ry: Tensor, rx: Tensor, phase: Tensor) -> Tensor:
+def modulate(both: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype: torch.dtype) -> Tensor:
     """Amplitudes times waves, computed in float32.
 
     Args:
-        both: [..., 2 D] float32 or bfloat16, contiguous: D amplitudes, then the D / 2 frequencies
-            of y and those of x, half turns a unit of ry and rx.
+        both: [..., 2 D] float32, contiguous: D amplitudes, then the D / 2 frequencies of y and
+            those of x, half turns a unit of ry and rx.
         ry, rx: [...], without gradient.
         phase: [D / 2], half turns.
+        dtype: of the result, float32 or bfloat16.
 
     Returns:
-        [..., D] of the type of `both`, the first half with cosines and the second with sines.
+        [..., D], the first half with cosines and the second with sines.
     """
-    if both.dtype == torch.float32:
-        return _Modulate.apply(both, ry, rx, phase)
-    if torch.is_grad_enabled() and (both.requires_grad or phase.requires_grad):
-        return _Modulate.apply(both.float(), ry, rx, phase).to(both.dtype)
-    out = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-    arrays = [_flat(t.view(torch.int16)) for t in (out, both)] + [_flat(t) for t in (ry, rx, phase)]
+    wanted = torch.is_grad_enabled() and (both.requires_grad or phase.requires_grad)
+    if dtype == torch.float32 or wanted:
+        return _Modulate.apply(both, ry, rx, phase).to(dtype)
+    out = both.new_empty(*both.shape[:-1], both.shape[-1] // 2, dtype=dtype)
+    arrays = [_flat(t) for t in (out.view(torch.int16), both, ry, rx, phase)]
     _run(lambda i, j: _waves_bf16(*arrays, i, j), ry.numel())
     return out
+
+
+# ---- convolved and resized -----------------------------------------------------------------------
+
+
+@_entry
+def _resize(out, taps, at, weights, first, last):
+    """Add to rows first ... last - 1 of out [N, W, D] what taps [N, w, 3, D] give resized.
+
+    at [W, 3] and weights [W, 3, 4]: the first LR column, and the weight of four, for a kernel's
+    column at an HR column.
+    """
+    _, width, depth = out.shape
+    w = taps.shape[1]
+    for n in range(first, last):
+        for x in range(width):
+            o = out[n, x]
+            for j in range(3):
+                v_0, v_1, v_2, v_3 = _four(weights[x, j])
+                c = at[x, j]
+                c_0, c_1 = min(max(c, 0), w - 1), min(max(c + 1, 0), w - 1)
+                c_2, c_3 = min(max(c + 2, 0), w - 1), min(max(c + 3, 0), w - 1)
+                t_0, t_1 = taps[n, c_0, j], taps[n, c_1, j]
+                t_2, t_3 = taps[n, c_2, j], taps[n, c_3, j]
+                for i in range(depth):
+                    o[i] += v_0 * t_0[i] + v_1 * t_1[i] + v_2 * t_2[i] + v_3 * t_3[i]
+
+
+def add_resized(waves: Tensor, taps: Tensor) -> Tensor:
+    """waves [B, n, W, D] plus the sum over j of taps [B, n, w, 3 D] resized bicubically along w.
+
+    Part j of the taps belongs to the HR column one left of (j = 0), at, or one right of a pixel;
+    beyond the picture there is nothing. float32, contiguous; `waves` is overwritten and returned.
+    """
+    b, n, width, depth = waves.shape
+    w = taps.shape[2]
+    column = torch.arange(width)[:, None] + torch.arange(-1, 2)
+    position = torch.tensor(float(w)) / width * (column + 0.5) - 0.5  # float32, as PyTorch's
+    first = torch.floor(position)
+    weights = cubic(((position - first)[..., None] - torch.arange(-1, 3)).abs())
+    weights = weights * ((column >= 0) & (column < width))[..., None]
+    arrays = [
+        t.numpy() for t in (waves.view(b * n, width, depth), taps.view(b * n, w, 3, depth),
+                            first.long() - 1, weights)
+    ]  # fmt: skip
+    _run(lambda i, j: _resize(*arrays, i, j), b * n, max(1, BLOCK // width), width)
+    return waves
 
 
 # ---- neighbourhoods ------------------------------------------------------------------------------
@@ -282,7 +330,7 @@ class _Neighbourhoods(torch.autograd.Function):
         to, given = features.view(b * h, w, c_all).numpy(), grad.reshape(-1, 3, 3, c_all).numpy()
         tables = [t.flatten(0, 1).numpy() for t in ctx.saved_tensors]
         _run(  # a picture a task, so that its sums have one order
-            lambda i, j: _scatter(to, given, *tables, h, w, queries, ctx.c, i, j), b, 1
+            lambda i, j: _scatter(to, given, *tables, h, w, queries, ctx.c, i, j), b, 1, queries
         )
         outside = ctx.saved_tensors[2]
         outside = (outside[:, :, 0, :, None] | outside[:, :, 1, None, :]).flatten(2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gsr.config import DecoderConfig
 from gsr.resize import cubic
 
-STRIP = 2**13  # HR pixels decoded at a time: 16 MB of waves, which stay in the last cache
+STRIP = 2**12  # HR pixels decoded at a time: 8 MB of waves, which stay in the last cache
 WIDE = 64  # channels from which on `affine` is a convolution
 
 
@@ -96,13 +96,18 @@ class FourierDecoder(nn.Module):
 
     def render(
         self,
-        strip: Callable[[int, int], Tensor],  # (first, last) to [B, C, last - first, W]
+        strip: Callable[[int, int], tuple[Tensor, Tensor]],
         batch: int,
         lr_size: tuple[int, int],
         size: tuple[int, int],
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Decode HR row by row: [B, 3, H, W], or only `rows` of it."""
+        """Decode HR row by row: [B, 3, H, W], or only `rows` of it.
+
+        `strip` gives the features of rows first ... last - 1 in two parts: the first channels,
+        [B, c, last - first, W], and the others before they are resized along the rows,
+        [B, C - c, last - first, w].
+        """
         first, last = rows or (0, size[0])
         weight, bias = self._merged()
         cell = _cell(weight, lr_size, size)
@@ -115,15 +120,13 @@ class FourierDecoder(nn.Module):
         # fragment the heap.
         out = weight.new_empty(batch, 3, last - first, size[1])
         dtype = weight.dtype if self.dtype == torch.float32 else self.dtype
-        weight, bias = weight.to(dtype), bias.to(dtype)
         for a in range(first, last, step):
             b = min(a + step, last)
-            features = strip(max(a - 1, 0), min(b + 1, size[0]))
             # Zero rows only where the picture ends: elsewhere the strips overlap.
-            features = F.pad(features, (0, 0, int(a == 0), int(b == size[0])))
-            features = features.to(dtype, memory_format=torch.channels_last)
-            waves = F.conv2d(features, weight, bias, padding=(0, 1))
-            rgb = self.rgb(waves.permute(0, 2, 3, 1), ry[a:b, None, None], rx[:, None], cell)
+            ends = (0, 0, int(a == 0), int(b == size[0]))
+            parts = [F.pad(p, ends) for p in strip(max(a - 1, 0), min(b + 1, size[0]))]
+            waves = _waves(*parts, weight, bias, size[1], dtype)
+            rgb = self.rgb(waves, ry[a:b, None, None], rx[:, None], cell, dtype)
             out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
         return out
 
@@ -165,10 +168,13 @@ class FourierDecoder(nn.Module):
             both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
         return both[0], both[1]
 
-    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor) -> Tensor:
-        """[..., 2 D], relative coordinate [..., 1] twice, relative cell [2] to [..., 3]."""
-        dtype = waves.dtype
-        x = self._modulated(waves, ry, rx, self.phase(cell))
+    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
+        """[..., 2 D], relative coordinate [..., 1] twice, relative cell [2] to [..., 3].
+
+        Matrices are multiplied in `dtype`, that of the waves if left out.
+        """
+        dtype = dtype or waves.dtype
+        x = self._modulated(waves, ry, rx, self.phase(cell), dtype)
         *hidden, last = self.layers
         for layer in hidden:
             if isinstance(layer, nn.Linear):
@@ -177,15 +183,47 @@ class FourierDecoder(nn.Module):
                 x = layer(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
         return affine(x.to(last.weight.dtype), last.weight, last.bias) * 0.5 + 0.5
 
-    def _modulated(self, waves: Tensor, ry: Tensor, rx: Tensor, phase: Tensor) -> Tensor:
-        """Amplitudes times waves, [..., D] of the type of `waves`; phase [D / 2] in half turns."""
+    def _modulated(self, waves: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype) -> Tensor:
+        """Amplitudes times waves, [..., D] in `dtype`; phase [D / 2] in half turns."""
         if _has_loops(waves, ry, rx, phase):
             ry, rx = (r.expand(*waves.shape[:-1], 1) for r in (ry, rx))
-            return _loops().modulate(waves.contiguous(), ry, rx, phase)
+            return _loops().modulate(waves.float().contiguous(), ry, rx, phase, dtype)
         d = self.coef.out_channels
         coef, fy, fx = waves.to(phase.dtype).split([d, d // 2, d // 2], dim=-1)
         phase = math.pi * (fy * ry + fx * rx + phase)
-        return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(waves.dtype)
+        return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(dtype)
+
+
+def _waves(
+    splatted: Tensor, tall: Tensor, weight: Tensor, bias: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    """3 x 3 convolution of the features of HR rows, all but its first and last: [B, n, W, 2 D].
+
+    Resizing along a row and convolving along it are both linear. Where no gradient is wanted,
+    `tall` is therefore convolved at the columns of LR, for each of the three columns of the kernel
+    apart, and these are resized and added: at x4 a quarter of the products.
+
+    Args:
+        splatted: [B, c, n + 2, W].
+        tall: [B, C - c, n + 2, w], to be resized along the rows to W.
+        weight, bias: [2 D, C, 3, 3] and [2 D].
+        width: W.
+        dtype: that most of it is computed in.
+    """
+    c, n = splatted.shape[1], splatted.shape[2] - 2
+    options = {"dtype": dtype, "memory_format": torch.channels_last}
+    if not torch.is_grad_enabled() and _has_loops(weight, tall, splatted):
+        # In float32: these are few channels, and what is added to them is float32.
+        narrow = splatted.contiguous(memory_format=torch.channels_last)
+        waves = F.conv2d(narrow, weight[:, :c], bias, padding=(0, 1))
+        columns = weight[:, c:].permute(3, 0, 1, 2).flatten(0, 1)[..., None]  # [6 D, C - c, 3, 1]
+        taps = F.conv2d(tall.to(**options), columns.to(dtype))
+        waves, taps = (t.permute(0, 2, 3, 1).float().contiguous() for t in (waves, taps))
+        return _loops().add_resized(waves, taps)
+    rest = F.interpolate(tall, (n + 2, width), mode="bicubic", align_corners=False)
+    features = torch.cat([splatted, rest], dim=1).to(**options)
+    waves = F.conv2d(features, weight.to(dtype), bias.to(dtype), padding=(0, 1))
+    return waves.permute(0, 2, 3, 1)
 
 
 def _has_loops(waves: Tensor, *rest: Tensor) -> bool:
