@@ -124,7 +124,10 @@ class _Work:
                     # In one piece, so that what `GaussianSR.compile` has made serves.
                     band = Band(0, self.model.encode(pixels))
                 else:
-                    band = self.stream.feed(Band(self.next, (pixels,)), last)
+                    band = self.stream.feed(Band(self.next, (pixels,)), False)
+                    # The last rows for themselves: together with a band they would make each tensor
+                    # a little larger than the one before, and none would fit where that has been.
+                    band = join(band, self.stream.feed(None, True) if last else None)
             self._advance((stop - self.next) * self.lr_size[1], 0)
             self.next = stop
             self.held = self.held if band is None else join(self.held, band)

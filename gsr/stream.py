@@ -6,6 +6,7 @@ computed twice but one row above and below each band, and the result is that of 
 
     stream = Chain(Layer(conv, 1), Residual(Chain(Layer(block, 2)), add))
     out = stream.feed(Band(0, (rows,)), last=False)
+    end = stream.feed(None, last=True)
 
 A node is made for one picture, fed from top to bottom and thrown away. It may start below the
 picture's top: rows that depend on what is above then never come out.
@@ -35,16 +36,25 @@ class Band(NamedTuple):
         part = slice(first - self.first, end - self.first)
         return Band(first, _like(self.tensors, (t[..., part, :] for t in self.tensors)))
 
-    def kept(self, first: int) -> Band:
-        """Those from first on, in memory of their own: a view would hold on to all the others."""
-        tensors = self.rows(first, self.end).tensors
-        return Band(first, _like(tensors, (t.clone() for t in tensors)))
+    def kept(self, first: int, memory: Band | None) -> Band:
+        """Those from first on, in memory of their own: a view would hold on to all the others.
+
+        It is that of the last time, if that fits. New pieces between the large tensors that come
+        and go would leave the heap full of holes, none of which is large enough for the next.
+        """
+        new = self.rows(first, self.end).tensors
+        old = memory.tensors if memory else ()
+        if [t.shape for t in old] == [t.shape for t in new]:
+            for to, t in zip(old, new, strict=True):
+                to.copy_(t)
+            return Band(first, memory.tensors)
+        return Band(first, _like(new, (t.clone() for t in new)))
 
 
-def join(upper: Band | None, lower: Band) -> Band:
-    """One band of two that follow each other."""
-    if upper is None or upper.end == upper.first:
-        return lower
+def join(upper: Band | None, lower: Band | None) -> Band | None:
+    """One band of two that follow each other; None is a band without rows."""
+    if upper is None or lower is None or upper.end == upper.first:
+        return upper if lower is None else lower
     pairs = zip(upper.tensors, lower.tensors, strict=True)
     return Band(upper.first, _like(lower.tensors, (torch.cat(pair, dim=-2) for pair in pairs)))
 
@@ -65,20 +75,22 @@ class Layer:
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], reach: int):
         self.function, self.reach = function, reach
         self.held: Band | None = None
+        self.own: Band | None = None  # the same where nobody else has it
         self.next = -1  # the next row to come out
 
-    def feed(self, band: Band, last: bool) -> Band | None:
+    def feed(self, band: Band | None, last: bool) -> Band | None:
         """The rows that can be told from what has come until now, if any."""
-        if self.held is None:
+        if self.held is None and band is not None:
             # At the picture's own top the function's padding is right.
             self.next = band.first + self.reach if band.first else 0
         x = self.held = join(self.held, band)
-        end = x.end if last else x.end - self.reach
+        end = 0 if x is None else x.end if last else x.end - self.reach
         if end <= self.next:
             return None
         y = self.function(*x.tensors)
         y = Band(x.first, y if isinstance(y, tuple) else (y,)).rows(self.next, end)
-        self.held, self.next = x.kept(max(x.first, end - self.reach)), end
+        self.held = self.own = None if last else x.kept(max(x.first, end - self.reach), self.own)
+        self.next = end
         return y
 
 
@@ -90,8 +102,9 @@ class Chain:
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         for node in self.nodes:
-            if band is not None:
-                band = node.feed(band, last)
+            band = node.feed(band, last)
+            if band is None and not last:
+                return None
         return band
 
 
@@ -101,13 +114,14 @@ class Residual:
     def __init__(self, inner: Layer | Chain | Residual, merge: Callable[[tuple, tuple], tuple]):
         self.inner, self.merge = inner, merge
         self.held: Band | None = None
+        self.own: Band | None = None  # the same where nobody else has it
 
-    def feed(self, band: Band, last: bool) -> Band | None:
+    def feed(self, band: Band | None, last: bool) -> Band | None:
         self.held = join(self.held, band)
         out = self.inner.feed(band, last)
         if out is None:
             return None
         x = self.held.rows(out.first, out.end)
         out = Band(out.first, self.merge(x.tensors, out.tensors))
-        self.held = self.held.kept(out.end)
+        self.held = self.own = None if last else self.held.kept(out.end, self.own)
         return out

@@ -40,7 +40,9 @@ def feed(stream, picture, edges, start=0):
     rows = {}
     for first, end in zip(edges, edges[1:], strict=False):
         last = end == picture.shape[-2]
-        band = stream.feed(Band(first, (picture[..., first:end, :],)), last)
+        given = picture[..., first:end, :].clone()
+        band = stream.feed(Band(first, (given,)), last)
+        assert torch.equal(given, picture[..., first:end, :])  # what was lent is as it was
         if band is not None:
             assert not rows or band.first == max(rows) + 1
             rows |= {
