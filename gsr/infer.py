@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BAND_PIXELS = 2**16  # LR pixels encoded at once
 STRIP_PIXELS = 2**16  # HR pixels rendered at once
+STRIP_BYTES = 60_000_000  # besides what goes with its pixels
 KEEP = 2**28  # bytes of encoded LR that `official` keeps, rather than encode twice
 MAX_PIXELS = 400_000_000  # largest output, unless the caller raises it: 1.2 GB as bytes
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -58,7 +60,8 @@ def run(
 
     out = torch.empty(lr.shape[0], 3, *size, dtype=torch.float32, device=lr.device)
     with _bar(progress) as bar, _inference(model):
-        work = _Work(model, source, lr.shape, size, scale, max_memory, precision, bar)
+        work = _Work(model, source, lr.shape, size, scale, precision, bar)
+        work.fit(max_memory, out.nbytes)
         for first, end, strip in work.strips():
             out[:, :, first:end] = strip
     return out
@@ -72,17 +75,47 @@ class _Work:
         shape: [B, 3, h, w] of the LR picture.
     """
 
-    def __init__(self, model, source, shape, size, scale, max_memory, precision, bar=None):
+    def __init__(self, model, source, shape, size, scale, precision, bar=None):
         self.model, self.source, self.size, self.scale, self.bar = model, source, size, scale, bar
         self.batch, self.lr_size = shape[0], tuple(shape[-2:])
         self.band = max(1, BAND_PIXELS // (self.batch * self.lr_size[1]))  # rows
         self.strip = max(1, STRIP_PIXELS // (self.batch * size[1]))
+        self.keep = KEEP
         self.dtype = _dtype(precision, self)
         self._rewind()
+
+    def fit(self, max_memory: int | None, result: int) -> None:
+        """Choose bands and strips so that the process stays within `max_memory` bytes.
+
+        `result` is how many bytes of the result are still to be written. Raises InputError if not
+        even single rows fit.
+        """
+        if max_memory is not None:
+            least = _resident() + result + self._bytes(1, 1)
+            if least > max_memory:
+                raise InputError(
+                    f"this picture takes about {least / 1e6:.0f} MB, more than max_memory "
+                    f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or enlarge less"
+                )
+            left = max_memory - _resident() - result
+            while self._bytes(self.band, self.strip) > left:
+                self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
+            self.keep = min(KEEP, left - self._bytes(self.band, self.strip))
+        self._start_bar()
+
+    def _bytes(self, band: int, strip: int) -> int:
+        """What bands and strips of so many rows take, from the peaks of many runs."""
+        (h, w), features = self.lr_size, 4 * self.model.config.encoder.n_feats
+        # A band in the encoder, and the rows that each of its convolutions keeps.
+        encoder = features * w * (20 * min(band, h) + 4 * self.model.halo)
+        return self.batch * (encoder + strip * self.size[1] * 600) + STRIP_BYTES
+
+    def _start_bar(self) -> None:
+        bar = self.bar
         if bar is not None:
-            encode, render = _costs(model)
+            encode, render = _costs(self.model)
             encode *= self.batch * math.prod(self.lr_size) * (2 if self._two_passes() else 1)
-            bar.total = (bar.total or 0) + encode + self.batch * math.prod(size) * render
+            bar.total = (bar.total or 0) + encode + self.batch * math.prod(self.size) * render
             bar.refresh()
 
     def strips(self) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -153,7 +186,7 @@ class _Work:
         if not hasattr(self.model.head, "shared") or self.band >= self.lr_size[0]:
             return False
         channels = self.model.config.encoder.n_feats
-        return 4 * channels * self.batch * math.prod(self.lr_size) > KEEP
+        return 4 * channels * self.batch * math.prod(self.lr_size) > self.keep
 
     def _rewind(self) -> None:
         self.stream, self.held, self.next = None, None, 0
@@ -194,6 +227,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     # The CPU's allocator has no exception of its own.
     kinds = MemoryError, torch.OutOfMemoryError
     return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process holds now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def _dtype(precision: str, work: _Work) -> torch.dtype:
@@ -388,8 +430,13 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
     return result if image.ndim == 4 else result[0]
 
 
-def _fill(model, max_memory, precision, bar, hr: torch.Tensor, lr: torch.Tensor, out, scales):
-    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type."""
+def _fill(
+    model, max_memory, precision, bar, hr: torch.Tensor, lr: torch.Tensor, out, scales, later=0
+):
+    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type.
+
+    `later` is the bytes that the caller will take besides.
+    """
     device = _device(model)
 
     def source(first: int, end: int) -> torch.Tensor:
@@ -398,7 +445,8 @@ def _fill(model, max_memory, precision, bar, hr: torch.Tensor, lr: torch.Tensor,
 
     shape = (1, 3, *lr.shape[-2:])
     with _inference(model):
-        work = _Work(model, source, shape, out, scales, max_memory, precision, bar)
+        work = _Work(model, source, shape, out, scales, precision, bar)
+        work.fit(max_memory, hr.nbytes + later)
         for start, stop, strip in work.strips():
             strip = strip[0].clamp_(0, 1)
             if hr.shape[0] == 1:
@@ -445,12 +493,15 @@ def _upscale_pil(image, scale, size, max_pixels, fill):
         raise InputError("the picture has no pixels")
     image = upright(image)
     grey = image.mode in ("L", "LA", "La", "1", "I", "F") or image.mode.startswith("I;16")
-    target_size((image.height, image.width), scale, size, max_pixels)  # before any conversion
+    shape = image.height, image.width
+    pixels = math.prod(target_size(shape, scale, size, max_pixels)[0])  # before any conversion
     array = np.asarray(to_rgb(image))
     if grey:
         array = array[..., :1]
     if has_alpha(image):
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
+    fill = functools.partial(fill, later=7 * pixels)
     array = _upscale_array(array, scale, size, max_pixels, fill)
     result = Image.fromarray(array[..., 0] if grey else array)
     if has_alpha(image):

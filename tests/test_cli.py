@@ -250,3 +250,23 @@ def test_as_a_process(here):
     assert done.stderr.startswith("gsr: error: photo.png: scale 0.5") and len(
         done.stderr.splitlines()
     ) == 1
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("800m", 8 * 10**8), ("1234", 1234)],
+)
+def test_amounts_of_memory(text, number):
+    from gsr.cli import _bytes
+
+    assert _bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "lots", "2XB", "-1GB", "1e9"])
+def test_what_is_no_amount_of_memory(text):
+    import argparse
+
+    from gsr.cli import _bytes
+
+    with pytest.raises(argparse.ArgumentTypeError, match="not an amount of memory such as 2GB"):
+        _bytes(text)

@@ -1,6 +1,8 @@
 """Enlarging: tiles and strips change nothing, every kind of picture comes back as itself."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -446,3 +448,40 @@ def test_other_errors_and_hopeless_pictures(tiny_model):
     tiny_model.render = fail(MemoryError())
     with pytest.raises(InputError, match="not enough memory to encode and render even single rows"):
         infer.run(tiny_model, torch.rand(1, 3, 8, 8), (16, 16))
+
+
+def test_max_memory_makes_bands_smaller_and_changes_nothing(tiny_model, monkeypatch):
+    monkeypatch.setattr(infer, "BAND_PIXELS", 2**16)
+    monkeypatch.setattr(infer, "STRIP_PIXELS", 2**16)
+    monkeypatch.setattr(infer, "STRIP_BYTES", 1000)
+    monkeypatch.setattr(infer, "_resident", lambda: 5_000_000)
+    seen, plain = [], tiny_model.render
+
+    def render(*args, **kwargs):
+        seen.append((args[0].lr.shape[-2], args[3][1] - args[3][0]))
+        return plain(*args, **kwargs)
+
+    tiny_model.render = render
+    lr = torch.rand(1, 3, 200, 40)
+    free = infer.run(tiny_model, lr, (400, 80))
+    assert seen == [(200, 400)]
+    tight = infer.run(tiny_model, lr, (400, 80), max_memory=6_000_000)
+    assert max(b - 0 for _, b in seen[1:]) < 100 and max(a for a, _ in seen[1:]) < 100
+    assert (tight - free).abs().max() < 1e-5
+    with pytest.raises(InputError, match=r"about 5 MB, more than max_memory .* = 5 MB; allow more"):
+        infer.run(tiny_model, lr, (400, 80), max_memory=5_000_001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [700, 1000])
+def test_the_process_stays_within_max_memory(limit):
+    """The bundled model on a 1200 x 900 picture: peak RSS of a process of its own."""
+    script = f"""
+import numpy as np, gsr, resource
+picture = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
+gsr.upscale(picture, 2, max_memory={limit}_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= limit
