@@ -40,13 +40,13 @@ def _grid(*rows: str) -> dict:
 
 # PY x PX pixels of a cell for a thread, by the cell's buckets: rows cy, columns cx. More of them
 # share each load, until they no longer fit. Tall blocks take fewer registers than wide ones.
-PIXELS_16 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x8", "4x1 4x2 4x4 4x4", "8x1 8x2 8x2 8x2")
+PIXELS_16 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x8", "4x1 4x1 4x4 4x4", "8x1 8x2 8x2 8x2")
 PIXELS_8 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "8x1 8x1 8x1 8x1")
 PIXELS_4 = _grid("1x1 1x2 1x4 1x4", "2x1 2x2 2x2 2x2", "4x1 4x1 4x1 4x1", "4x1 4x1 4x1 4x1")
 
-# By architecture and channels, of which a launch takes 16 at most.
+# By architecture and channels, of which a launch takes 8 at most.
 FORWARD = {
-    "default": {4: PIXELS_16, 8: PIXELS_8, 16: PIXELS_4},
+    "default": {4: PIXELS_16, 8: PIXELS_8},
     # Shared memory, where results change layout before they are stored, is 64 KiB for all warps of
     # a compute unit and goes with the pixels: 8 a thread leave room for 8 warps, 16 for 4.
     "gfx942": {4: PIXELS_8},
@@ -55,8 +55,10 @@ FORWARD = {
 }
 
 # The same kernel as the first pass of backward holds the incoming gradient as well; 4x4 would spill
-# with 16-bit storage.
-PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8, 16: PIXELS_4}}
+# with 16-bit storage, 8x1 with 8 channels, and 4x2 where positions take 64 bits.
+PIXELS_8_LOW = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "4x1 4x1 4x1 4x1")
+PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8_LOW}}
+PREPARE_WIDE = {"default": {4: PIXELS_4, 8: PIXELS_4}}
 
 # Backward: PX pixels of a cell's row at a time. Each of them after the first goes to other lanes
 # and comes back by shuffles and barriers in the innermost loop, which costs more than it saves.
@@ -107,9 +109,9 @@ def choose_splat(
     channels = channel_bucket(channels)
     if kind == "backward":
         return {"PX": _of(BACKWARD, arch), **config}
-    table = PREPARE if kind == "prepare" else FORWARD
-    if wide and kind == "prepare":
-        channels = max(channels, 16)
+    table = FORWARD
+    if kind == "prepare":
+        table = PREPARE_WIDE if wide else PREPARE
     py, px = _of(table, arch, channels, (bucket(cy), bucket(cx))) or (1, 1)
     return {"PY": py, "PX": px, **config}
 

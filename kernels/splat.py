@@ -37,7 +37,7 @@ from torch import Tensor
 
 # An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
 SIZES = ["h", "w", "big_h", "big_w"]
-CHANNELS = 16  # a launch takes; more, in registers, would spill
+CHANNELS = 8  # a launch takes; more, in registers, would spill
 
 # ---- shared pieces ------------------------------------------------------------------------------
 
