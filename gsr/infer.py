@@ -172,15 +172,23 @@ class _Work:
         """What `official` needs to know of the whole picture before the first row."""
         if not hasattr(self.model.head, "shared"):
             return None
-        if not self._two_passes():
-            return self.model.head.shared(self._encoded(0, self.lr_size[0]).tensors.gaussians)
-        gaussians, done = [], 0
+        # Of two passes the first keeps the Gaussians alone. All is written in place: bands joined
+        # to what is there already would take the memory twice.
+        two, whole, done = self._two_passes(), None, 0
         while done < self.lr_size[0]:
             band = self._encoded(done, done + 1)
-            gaussians.append(band.tensors.gaussians)
+            fields = {"gaussians": band.tensors.gaussians} if two else band.tensors._asdict()
+            if whole is None:
+                shapes = {n: (*t.shape[:-2], *self.lr_size) for n, t in fields.items()}
+                whole = {n: t.new_empty(shapes[n]) for n, t in fields.items()}
+            for name, t in fields.items():
+                whole[name][..., done : band.end, :] = t
             done, self.held = band.end, None
-        self._rewind()
-        return self.model.head.shared(torch.cat(gaussians, dim=-2))
+        if two:
+            self._rewind()
+        else:
+            self.held = Band(0, type(band.tensors)(**whole))
+        return self.model.head.shared(whole["gaussians"])
 
     def _two_passes(self) -> bool:
         if not hasattr(self.model.head, "shared") or self.band >= self.lr_size[0]:
