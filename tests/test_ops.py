@@ -68,6 +68,29 @@ def windows_inputs(dtype=torch.float64):
     return features.requires_grad_(), kernels.requires_grad_()
 
 
+def test_windows_compile_whatever_the_layout():
+    """The gradients' strides are those that the fake promises, also of views."""
+    torch._dynamo.reset()
+    features, kernels = (t.detach() for t in windows_inputs(torch.float32))
+    compiled = torch.compile(
+        lambda f, k: (splat_windows(f * 1.0, k, (4, 3)) ** 2).sum(),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    for layout in (torch.channels_last, torch.contiguous_format):
+        f = features.to(memory_format=layout).requires_grad_()
+        k = kernels.mT.requires_grad_()
+        torch.library.opcheck(torch.ops.gsr.splat_windows.default, (f, k, (4, 3)))
+        grad = torch.randn(2, 3, 12, 6)
+        torch.library.opcheck(
+            torch.ops.gsr.splat_windows_backward.default, (grad, f.detach(), k.detach(), (4, 3))
+        )
+        compiled(f, k).backward()
+        want = torch.autograd.grad((splat_windows(f, k, (4, 3)) ** 2).sum(), (f, k))
+        torch.testing.assert_close(f.grad, want[0])
+        torch.testing.assert_close(k.grad, want[1])
+        k.requires_grad_(False)
+
+
 def test_windows_opcheck_and_gradcheck():
     features, kernels = windows_inputs()
     side = (4, 3)
