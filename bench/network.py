@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import subprocess
@@ -108,10 +107,6 @@ def macs(model: GaussianSR) -> tuple[int, int]:
     return sum(weights.values()) - hr, hr
 
 
-def has_precision(function: Callable) -> bool:
-    return "precision" in inspect.signature(function).parameters
-
-
 def renderer(provider: str, scale: int, chunk: int, bf16: bool = False):
     """A function of lr that gives the HR picture, and its MACs (per LR pixel, per HR pixel)."""
     if provider == "LIIF":
@@ -186,20 +181,19 @@ def machine(plan: Plan) -> dict[str, tuple[Callable, float]]:
 def time_rows(plan: Plan, rounds: int, methods: list[str]) -> tuple[list[dict], float]:
     """Rows of the part `time`, and the best rate of the machine meanwhile, operations a second."""
     rows, rates = [], []
-    can_bf16 = has_precision(infer.run)
     for i, (side, scale, modes) in enumerate(plan.time):
         torch.manual_seed(1)
         lr = torch.rand(1, 3, side, side)
         found = {}
         for mode in (m for m in modes if m in methods):
             found[mode, "float32"] = renderer(mode, scale, plan.chunk)
-            found[mode, "bfloat16"] = renderer(mode, scale, plan.chunk, True) if can_bf16 else None
+            found[mode, "bfloat16"] = renderer(mode, scale, plan.chunk, True)
         for name in methods if i == 0 else ():
             if name not in MODES:
                 found[name, "float32"] = renderer(name, scale, plan.chunk)
         weights = make_model("direct").encoder.state_dict()
         peak = machine(plan)
-        runs = {n: partial(f[0], lr) for n, f in found.items() if f}
+        runs = {n: partial(f[0], lr) for n, f in found.items()}
         with torch.inference_mode():
             times = interleave(
                 {**{n: f for n, (f, _) in peak.items()}, **runs},
@@ -208,10 +202,6 @@ def time_rows(plan: Plan, rounds: int, methods: list[str]) -> tuple[list[dict], 
         rate = max(work / quantiles(times[n][0])["p50"] for n, (_, work) in peak.items())
         rates.append(rate)
         for (name, dtype), provider in found.items():
-            if provider is None:
-                note = "gsr.infer.run has no argument precision"
-                rows.append(_row("time", name, side, scale, dtype, note=note))
-                continue
             seconds, passes = (quantiles(t) for t in times[name, dtype])
             at_lr, at_hr = provider[1]
             operations = 2 * side**2 * (at_lr + at_hr * scale**2)
@@ -272,7 +262,7 @@ def measure_size(mode: str, side: int, scale: int) -> dict:
     """Seconds of each call of gsr.upscale on uint8 [side, side, 3], bytes of the whole process."""
     model = make_model(mode)
     # By itself it may take bf16 for the large pictures only: then the times would not compare.
-    more = {"precision": "fp32"} if has_precision(gsr.upscale) else {}
+    more = {"precision": "fp32"}
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     gsr.upscale(picture[:14, :14], scale, model=model, **more)
     seconds = []
@@ -428,15 +418,10 @@ def _spread(q: dict, digits: int) -> str:
 def _time_table(rows: list[dict]) -> str:
     lines = []
     for r in rows:
-        cells = [r["case"], r["provider"], r["sizes"]["dtype"]]
-        if r["seconds"] is None:
-            cells += [f"not run: {r['note']}", "", "", ""]
-        else:
-            cells += [
-                _spread(r["seconds"], 3), _spread(r["spread"], 2), goal(r, "passes"),
-                f"{r['share']['arithmetic']:.0%}",
-            ]  # fmt: skip
-        lines.append(cells)
+        lines.append([
+            r["case"], r["provider"], r["sizes"]["dtype"], _spread(r["seconds"], 3),
+            _spread(r["spread"], 2), goal(r, "passes"), f"{r['share']['arithmetic']:.0%}",
+        ])  # fmt: skip
     return _table("picture | method | type | seconds | passes | goal | of best fp32 rate", lines)
 
 

@@ -56,19 +56,13 @@ class Bicubic(torch.nn.Module):
         return whole[:, :, rows[0] : rows[1]]
 
 
-# ---- tensors ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["direct", "field", "official"])
-@pytest.mark.parametrize("size, scale", [((75, 60), None), ((52, 98), (1.52, 3.51))])
-def test_run_equals_the_model(mode, size, scale, monkeypatch):
-    monkeypatch.setattr(infer, "STRIP_PIXELS", 1200)
-    torch.manual_seed(1)
+def drawn_model(mode, seed):
+    torch.manual_seed(seed)
     model = gsr.GaussianSR(
         ModelConfig(
             mode,
             EncoderConfig(n_feats=8, n_blocks=1),
-            DirectConfig(gaussians=2, width=8),
+            DirectConfig(gaussians=2, width=8, radius=1 + seed % 2),
             BankConfig(points=16, channels=4),
             DecoderConfig(hidden_dim=8, hidden_list=[8]),
         )
@@ -77,6 +71,17 @@ def test_run_equals_the_model(mode, size, scale, monkeypatch):
         for name, parameter in model.named_parameters():
             if name.startswith(("encoder", "head.out", "head.hidden")):
                 parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+# ---- tensors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+@pytest.mark.parametrize("size, scale", [((75, 60), None), ((52, 98), (1.52, 3.51))])
+def test_run_equals_the_model(mode, size, scale, monkeypatch):
+    monkeypatch.setattr(infer, "STRIP_PIXELS", 1200)
+    model = drawn_model(mode, 1)
     lr = torch.rand(2, 3, 34, 28)
     with torch.no_grad():
         expected = model.eval()(lr, size=size, scale=scale)
@@ -377,24 +382,6 @@ def test_models_that_are_refused(picture):
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def drawn_model(mode, seed):
-    torch.manual_seed(seed)
-    model = gsr.GaussianSR(
-        ModelConfig(
-            mode,
-            EncoderConfig(n_feats=8, n_blocks=1),
-            DirectConfig(gaussians=2, width=8, radius=1 + seed % 2),
-            BankConfig(points=16, channels=4),
-            DecoderConfig(hidden_dim=8, hidden_list=[8]),
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(("encoder", "head.out", "head.hidden")):
-                parameter.normal_(0, 0.15)
-    return model.eval()
-
-
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["direct", "field", "official"])
 def test_bands_and_strips_change_nothing(mode, seed, monkeypatch):
@@ -466,7 +453,7 @@ def test_max_memory_makes_bands_smaller_and_changes_nothing(tiny_model, monkeypa
     free = infer.run(tiny_model, lr, (400, 80))
     assert seen == [(200, 400)]
     tight = infer.run(tiny_model, lr, (400, 80), max_memory=6_000_000)
-    assert max(b - 0 for _, b in seen[1:]) < 100 and max(a for a, _ in seen[1:]) < 100
+    assert max(b for _, b in seen[1:]) < 100 and max(a for a, _ in seen[1:]) < 100
     assert (tight - free).abs().max() < 1e-5
     with pytest.raises(InputError, match=r"about 5 MB, more than max_memory .* = 5 MB; allow more"):
         infer.run(tiny_model, lr, (400, 80), max_memory=5_000_001)

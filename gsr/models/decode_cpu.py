@@ -339,17 +339,7 @@ class _Neighbourhoods(torch.autograd.Function):
 
 
 def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column: Tensor) -> Tensor:
-    """The 3 x 3 pixels around HR pixels, zero beyond the picture.
-
-    Args:
-        features: [B, C, h, w], of which all but the first c channels are resized bicubically.
-        splatted: [B, Q, 9, c], what takes the place of the first c.
-        size: (H, W) of the resized picture.
-        row, column: [B, Q] int64.
-
-    Returns:
-        [B, Q, 9, C], row by row.
-    """
+    """`gsr.models.decoder.neighbourhoods`, which says what the arguments are."""
     h, w = features.shape[-2:]
     step = torch.arange(-1, 2)
     pixel = torch.stack([row, column], dim=-1)[..., None] + step  # [B, Q, 2, 3]
