@@ -41,7 +41,7 @@ from bench.published import CHUNK, Published, edsr, liif_mlp, liif_query, liif_r
 from bench.splat import quantiles
 from gsr import infer
 from gsr.config import EncoderConfig, ModelConfig
-from gsr.device import set_threads
+from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
 from gsr.image import write_atomic
 from gsr.models import GaussianSR
@@ -365,6 +365,7 @@ def steps(plan: Plan, scale: int) -> dict[str, Callable[[], None]]:
 
 def training_rows(plan: Plan, rounds: int, methods: list[str]) -> list[dict]:
     rows = []
+    keep_memory()  # as train.py does
     for scale in (2, 4):
         runs = steps(plan, scale)
         unit = runs.pop("encoder")

@@ -1,8 +1,13 @@
-"""Where a model computes: the device and the number of CPU threads that a user asks for."""
+"""Where and how a model computes: device, CPU threads and what is done with freed memory."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -40,3 +45,50 @@ def set_threads(count: int | None) -> None:
     if not 1 <= count <= MAX_THREADS:
         raise InputError(f"--threads must be from 1 to {MAX_THREADS}, not {count}")
     torch.set_num_threads(count)
+
+
+def each(function: Callable[[Any], None], items: Iterable, threads: int) -> None:
+    """function(item) for every item, each on one of so many threads.
+
+    With more than one, there are no gradients, and PyTorch computes with one thread in each:
+    nobody waits between small steps, where PyTorch's own threads meet after every step, and spin
+    while other code runs.
+    """
+    if threads == 1:
+        for item in items:
+            function(item)
+        return
+    mode, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
+
+    def run(item):
+        with torch.inference_mode(mode), torch.no_grad():
+            function(item)
+
+    try:
+        with ThreadPoolExecutor(threads, "gsr", torch.set_num_threads, (1,)) as pool:
+            list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(before)  # for threads that start from now on
+
+
+@functools.cache
+def keep_pieces() -> None:
+    """Have glibc keep pieces of freed memory below 32 MB for the next time, 64 MB of them at most.
+
+    It does that anyway once a piece of that size has come and gone (mallopt(3), M_MMAP_THRESHOLD).
+    Until then most layers of a network get new pages from the system, as dear as their arithmetic.
+    """
+    torch.empty(2**25 - 2**14, dtype=torch.uint8)  # never touched
+
+
+def keep_memory() -> None:
+    """Have glibc keep all freed memory until the process ends; nothing with another C library.
+
+    For a process that does the same again and again, as a training does.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(parameter, 2**31 - 1)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gsr.device import keep_pieces
 from gsr.errors import InputError
 from gsr.stream import Band, join
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-BAND_PIXELS = 2**16  # LR pixels encoded at once
+BAND_PIXELS = 2**14  # LR pixels encoded at once
 STRIP_PIXELS = 2**16  # HR pixels rendered at once
 STRIP_BYTES = 60_000_000  # besides what goes with its pixels
 KEEP = 2**28  # bytes of encoded LR that `official` keeps, rather than encode twice
@@ -76,6 +77,8 @@ class _Work:
     """
 
     def __init__(self, model, source, shape, size, scale, precision, bar=None):
+        if _device(model).type == "cpu":
+            keep_pieces()
         self.model, self.source, self.size, self.scale, self.bar = model, source, size, scale, bar
         self.batch, self.lr_size = shape[0], tuple(shape[-2:])
         self.band = max(1, BAND_PIXELS // (self.batch * self.lr_size[1]))  # rows

@@ -2,9 +2,9 @@
 
 Rows go in at the top of the picture, and come out as soon as all they depend on has come. Every
 convolution keeps the few rows of its input that those below still need, so that nothing is
-computed twice but one row above and below each band, and the result is that of the whole picture.
+computed twice, and the result is that of the whole picture.
 
-    stream = Chain(Layer(conv, 1), Residual(Chain(Layer(block, 2)), add))
+    stream = Chain(Convolution(conv), Residual(Chain(Layer(block, 2)), add))
     out = stream.feed(Band(0, (rows,)), last=False)
     end = stream.feed(None, last=True)
 
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Band(NamedTuple):
@@ -94,10 +95,43 @@ class Layer:
         return y
 
 
+class Convolution:
+    """nn.Conv2d of an odd kernel, with the zero padding that keeps the size, then `after`.
+
+    Where a `Layer` computes `reach` rows above and below each band and throws them away, this one
+    computes no row twice, however narrow the bands are.
+    """
+
+    def __init__(self, conv: nn.Conv2d, after: Callable[[Tensor], Tensor] | None = None):
+        self.conv, self.after, self.reach = conv, after, conv.padding[0]
+        self.held: Band | None = None
+        self.own: Band | None = None  # the same where nobody else has it
+
+    def feed(self, band: Band | None, last: bool) -> Band | None:
+        above = self.reach if self.held is None and band is not None and band.first == 0 else 0
+        x = join(self.held, band)
+        if x is None:
+            return None
+        if above or last:
+            zeros = (0, 0, above, self.reach if last else 0)
+            x = Band(x.first - above, (F.pad(x.tensors[0], zeros),))
+        if x.end - x.first <= 2 * self.reach:
+            self.held = x
+            return None
+        conv = self.conv
+        y = F.conv2d(x.tensors[0], conv.weight, conv.bias, padding=(0, conv.padding[1]))
+        y = Band(x.first + self.reach, (y if self.after is None else self.after(y),))
+        self.held = self.own = None if last else x.kept(x.end - 2 * self.reach, self.own)
+        return y
+
+
+Node = "Layer | Convolution | Chain | Residual"
+
+
 class Chain:
     """One node after the other."""
 
-    def __init__(self, *nodes: Layer | Chain | Residual):
+    def __init__(self, *nodes: Node):
         self.nodes = nodes
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
@@ -111,7 +145,7 @@ class Chain:
 class Residual:
     """merge(x, inner(x)), each a tuple of tensors; the rows of x wait for those of inner(x)."""
 
-    def __init__(self, inner: Layer | Chain | Residual, merge: Callable[[tuple, tuple], tuple]):
+    def __init__(self, inner: Node, merge: Callable[[tuple, tuple], tuple]):
         self.inner, self.merge = inner, merge
         self.held: Band | None = None
         self.own: Band | None = None  # the same where nobody else has it

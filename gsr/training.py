@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gsr.checkpoint import load_model, save_model
 from gsr.config import Config, TrainConfig, load_config, to_dict
 from gsr.data import PatchDataset, downscale, make_loader, split_pictures, steps_per_epoch
-from gsr.device import pick_device, set_threads
+from gsr.device import keep_memory, pick_device, set_threads
 from gsr.errors import InputError
 from gsr.image import read_image, remove_left_over, to_tensor, write_atomic
 from gsr.metrics import psnr
@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
+    keep_memory()
     trainer = Trainer(config, args.resume)
     metrics = trainer.fit()
     print(f"{trainer.folder}: " + ", ".join(f"{k} {v:.2f} dB" for k, v in metrics.items()))

@@ -120,8 +120,8 @@ def test_memory_is_that_of_the_peak():
     before = network.resident("VmRSS")
     if not network.forget_peak():
         pytest.skip("this kernel does not forget the peak")
-    torch.ones(30 << 18)  # 30 MB, gone again
-    assert 25e6 < network.resident("VmHWM") - before < 60e6
+    torch.ones(40 << 18)  # 40 MB, gone again, and more than the C library keeps
+    assert 35e6 < network.resident("VmHWM") - before < 70e6
 
 
 def test_a_process_of_its_own():

@@ -1,6 +1,7 @@
 """The Fourier decoder: its fast paths against the plain formula in float64."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def render(dec, features, lr_size):
     def strip(a, b):
         return [part[:, :, a:b] for part in features]
 
-    return dec.render(strip, len(features[0]), lr_size, features[0].shape[-2:])
+    b, c, *size = features[0].shape
+    return dec.render(strip, c, b, lr_size, tuple(size))
 
 
 def distance(a, b):
@@ -151,6 +153,45 @@ def test_affine_is_a_linear_layer(channels):
         strict=True,
     ):
         assert distance(a, c) < 1e-6
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_picture_on_two_threads(monkeypatch, inference):
+    """Equal to one thread's; how many there are and who records gradients is as before."""
+    monkeypatch.setattr(decoder, "STRIP", 40)
+    monkeypatch.setattr(decoder, "AT_ONCE", 2)
+    dec, before = FourierDecoder(12, DecoderConfig(16, (8,))), torch.get_num_threads()
+    features, out, seen = drawn(1, (7, 5), (21, 20)), {}, set()
+    rgb = FourierDecoder.rgb
+
+    def note(*args):
+        seen.add(threading.get_ident())
+        assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == inference
+        return rgb(*args)
+
+    monkeypatch.setattr(FourierDecoder, "rgb", note)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference), torch.no_grad():
+                out[threads] = render(dec, features, (7, 5))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out[2], out[1], atol=1e-6, rtol=0)
+    assert len(seen - {threading.get_ident()}) >= 1
+
+
+def test_a_failure_on_another_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def fails(*args):
+        raise MemoryError("no more")
+
+    with torch.no_grad(), pytest.raises(MemoryError, match="no more"):
+        FourierDecoder(12, DecoderConfig(16, (8,))).render(fails, 4, 1, (4, 4), (8, 8))
 
 
 @needs_loops

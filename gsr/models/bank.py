@@ -12,7 +12,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
@@ -40,7 +39,10 @@ def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
     if kind == "softmax":
         return logits.softmax(1)
     if kind == "gumbel":
-        return F.gumbel_softmax(logits, tau=1, hard=hard, dim=1)
+        # As F.gumbel_softmax, whose exponentially distributed numbers take the CPU 3 times as long.
+        gumbel = -torch.rand_like(logits, dtype=torch.float32).log_().neg_().log_()
+        soft = (logits + gumbel.to(logits.dtype)).softmax(1)
+        return assign(soft, "argmax") + soft - soft.detach() if hard else soft
     raise InputError(f"the assignment must be argmax, softmax or gumbel, not {kind!r}")
 
 
@@ -115,7 +117,7 @@ class BankEncoded(NamedTuple):
 class BankHead(nn.Module):
     """What `official` and `field` share: everything but the splat.
 
-    A subclass gives `splat_rows` and `splat_points`, each of which prepares a splat onto an HR
+    A subclass gives `splat_rows` and `splat_around`, each of which prepares a splat onto an HR
     picture and returns a function that evaluates some of it.
 
     Args:
@@ -160,20 +162,15 @@ class BankHead(nn.Module):
             return splat(first, last), tall
 
         b, _, h, w = encoded.features.shape
-        return self.decoder.render(strip, b, (h if band is None else band[1], w), size, rows)
+        lr_size = h if band is None else band[1], w
+        return self.decoder.render(strip, channels, b, lr_size, size, rows)
 
     def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
         """See `GaussianSR.query`."""
-        splat = self.splat_points(encoded, size, scale, coord.shape[1])
-        channels = self.config.channels
+        splat = self.splat_around(encoded, size, scale, coord.shape[1])
 
         def neighbours(y: Tensor, x: Tensor) -> Tensor:  # [B, Q] twice to [B, Q, 9, C]
-            step = torch.arange(-1, 2, device=y.device)
-            ny = y[..., None] + step.repeat_interleave(3)
-            nx = x[..., None] + step.repeat(3)
-            ny, nx = ny.clamp(0, size[0] - 1), nx.clamp(0, size[1] - 1)
-            splatted = splat(ny.flatten(1), nx.flatten(1)).view(*ny.shape, channels)
-            return neighbourhoods(encoded.features, splatted, size, y, x)
+            return neighbourhoods(encoded.features, splat(y, x), size, y, x)
 
         return self.decoder.query(neighbours, coord, encoded.features.shape[-2:], size)
 
@@ -185,9 +182,17 @@ class BankHead(nn.Module):
         """First and end of the LR rows on which those rows of it depend."""
         raise NotImplementedError
 
-    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
-        """A function of HR pixels (y, x), [B, P] each, giving the splatted stream [B, P, c]."""
+    def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
+        """A function of HR pixels (y, x), [B, Q] each, giving [B, Q, 9, c]: the splatted stream
+        at the 3 x 3 pixels around each, row by row, and anything finite beyond the picture."""
         raise NotImplementedError
+
+
+def around(y: Tensor, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The 3 x 3 pixels around pixels (y, x), [B, Q] each, moved into a picture: [B, 9 Q] each."""
+    step = torch.arange(-1, 2, device=y.device)
+    y, x = y[..., None] + step.repeat_interleave(3), x[..., None] + step.repeat(3)
+    return y.clamp(0, size[0] - 1).flatten(1), x.clamp(0, size[1] - 1).flatten(1)
 
 
 def pick(picture: Tensor, y: Tensor, x: Tensor) -> Tensor:

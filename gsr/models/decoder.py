@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
+from gsr.device import each
 from gsr.resize import cubic
 
-STRIP = 2**12  # HR pixels decoded at a time: 8 MB of waves, which stay in the last cache
+STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
+AT_ONCE = 16  # strips whose features are made at a time: these are small, but cost many steps
 WIDE = 64  # channels from which on `affine` is a convolution
 
 
@@ -97,6 +99,7 @@ class FourierDecoder(nn.Module):
     def render(
         self,
         strip: Callable[[int, int], tuple[Tensor, Tensor]],
+        channels: int,
         batch: int,
         lr_size: tuple[int, int],
         size: tuple[int, int],
@@ -104,9 +107,9 @@ class FourierDecoder(nn.Module):
     ) -> Tensor:
         """Decode HR row by row: [B, 3, H, W], or only `rows` of it.
 
-        `strip` gives the features of rows first ... last - 1 in two parts: the first channels,
+        `strip` gives the features of rows first ... last - 1 in two parts: the first `channels`,
         [B, c, last - first, W], and the others before they are resized along the rows,
-        [B, C - c, last - first, w].
+        [B, C - c, last - first, w]. On the CPU it is called by several threads at a time.
         """
         first, last = rows or (0, size[0])
         weight, bias = self._merged()
@@ -115,19 +118,29 @@ class FourierDecoder(nn.Module):
             relative(pixel_centres(n_hr, weight.device), n).to(weight.dtype)
             for n, n_hr in zip(lr_size, size, strict=True)
         )
-        step = max(1, STRIP // (batch * size[1]))
         # Allocated first: strips kept for a final `cat` would lie between the large buffers and
         # fragment the heap.
         out = weight.new_empty(batch, 3, last - first, size[1])
         dtype = weight.dtype if self.dtype == torch.float32 else self.dtype
-        for a in range(first, last, step):
-            b = min(a + step, last)
-            # Zero rows only where the picture ends: elsewhere the strips overlap.
-            ends = (0, 0, int(a == 0), int(b == size[0]))
-            parts = [F.pad(p, ends) for p in strip(max(a - 1, 0), min(b + 1, size[0]))]
-            waves = _waves(*parts, weight, bias, size[1], dtype)
-            rgb = self.rgb(waves, ry[a:b, None, None], rx[:, None], cell, dtype)
-            out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
+        waves = _Waves(weight, bias, channels, size[1], dtype)
+        step = max(1, STRIP // (batch * size[1]))
+
+        def decode(rows: tuple[int, int]) -> None:
+            top, end = rows
+            # Zero rows only where the picture ends: elsewhere the blocks overlap.
+            ends = (0, 0, int(top == 0), int(end == size[0]))
+            parts = [F.pad(p, ends) for p in strip(max(top - 1, 0), min(end + 1, size[0]))]
+            for a, b in _equal(top, end, math.ceil((end - top) / step)):
+                near = (p[:, :, a - top : b + 2 - top] for p in parts)
+                rgb = self.rgb(waves(*near), ry[a:b, None, None], rx[:, None], cell, dtype)
+                out[:, :, a - first : b - first] = rgb.permute(0, 3, 1, 2)
+
+        # A thread a block, so that a strip stays in the cache of one core, unless something else
+        # divides the work: a GPU, or the compiler of `rgb`.
+        alone = weight.device.type == "cpu" and "rgb" not in vars(self)
+        threads = torch.get_num_threads() if alone and not torch.is_grad_enabled() else 1
+        blocks = threads * math.ceil((last - first) / (threads * AT_ONCE * step))
+        each(decode, _equal(first, last, blocks), threads)
         return out
 
     def query(
@@ -144,8 +157,9 @@ class FourierDecoder(nn.Module):
         """
         weight, bias = self._merged()
         weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
-        parts = []
-        for part in coord.float().split(max(1, STRIP // coord.shape[0]), dim=1):
+        # With gradients every part adds to those of all features, and the cache keeps none anyway.
+        parts, strip = [], 8 * STRIP if torch.is_grad_enabled() else STRIP
+        for part in coord.float().split(max(1, strip // coord.shape[0]), dim=1):
             index, away = [], []
             for i in (0, 1):
                 q = part[..., i]
@@ -194,36 +208,49 @@ class FourierDecoder(nn.Module):
         return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(dtype)
 
 
-def _waves(
-    splatted: Tensor, tall: Tensor, weight: Tensor, bias: Tensor, width: int, dtype: torch.dtype
-) -> Tensor:
+def _equal(first: int, last: int, parts: int) -> list[tuple[int, int]]:
+    """range(first, last) in so many consecutive parts of nearly the same size, none empty."""
+    edges = [first + (last - first) * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+class _Waves:
     """3 x 3 convolution of the features of HR rows, all but its first and last: [B, n, W, 2 D].
 
-    Resizing along a row and convolving along it are both linear. Where no gradient is wanted,
-    `tall` is therefore convolved at the columns of LR, for each of the three columns of the kernel
-    apart, and these are resized and added: at x4 a quarter of the products.
+    Resizing along a row and convolving along it are both linear. Where no gradient is wanted, what
+    is to be resized is therefore convolved at the columns of LR, for each of the three columns of
+    the kernel apart, and these are resized and added: at x4 a quarter of the products.
 
     Args:
-        splatted: [B, c, n + 2, W].
-        tall: [B, C - c, n + 2, w], to be resized along the rows to W.
         weight, bias: [2 D, C, 3, 3] and [2 D].
+        c: channels that come at HR; the other C - c are to be resized along the rows.
         width: W.
         dtype: that most of it is computed in.
     """
-    c, n = splatted.shape[1], splatted.shape[2] - 2
-    options = {"dtype": dtype, "memory_format": torch.channels_last}
-    if not torch.is_grad_enabled() and _has_loops(weight, tall, splatted):
-        # In float32: these are few channels, and what is added to them is float32.
-        narrow = splatted.contiguous(memory_format=torch.channels_last)
-        waves = F.conv2d(narrow, weight[:, :c], bias, padding=(0, 1))
-        columns = weight[:, c:].permute(3, 0, 1, 2).flatten(0, 1)[..., None]  # [6 D, C - c, 3, 1]
-        taps = F.conv2d(tall.to(**options), columns.to(dtype))
-        waves, taps = (t.permute(0, 2, 3, 1).float().contiguous() for t in (waves, taps))
-        return _loops().add_resized(waves, taps)
-    rest = F.interpolate(tall, (n + 2, width), mode="bicubic", align_corners=False)
-    features = torch.cat([splatted, rest], dim=1).to(**options)
-    waves = F.conv2d(features, weight.to(dtype), bias.to(dtype), padding=(0, 1))
-    return waves.permute(0, 2, 3, 1)
+
+    def __init__(self, weight: Tensor, bias: Tensor, c: int, width: int, dtype: torch.dtype):
+        self.weight, self.bias, self.width, self.dtype = weight, bias, width, dtype
+        self.at_lr = not torch.is_grad_enabled() and _has_loops(weight, bias)
+        if self.at_lr:
+            self.weight = weight[:, :c]
+            columns = weight[:, c:].permute(3, 0, 1, 2).flatten(0, 1)
+            self.columns = columns[..., None].to(dtype)  # [6 D, C - c, 3, 1]
+
+    def __call__(self, splatted: Tensor, tall: Tensor) -> Tensor:
+        """splatted [B, c, n + 2, W], tall [B, C - c, n + 2, w]."""
+        options = {"dtype": self.dtype, "memory_format": torch.channels_last}
+        if self.at_lr:
+            # In float32: these are few channels, and what is added to them is float32.
+            narrow = splatted.float().contiguous(memory_format=torch.channels_last)
+            waves = F.conv2d(narrow, self.weight, self.bias, padding=(0, 1))
+            taps = F.conv2d(tall.to(**options), self.columns)
+            waves, taps = (t.permute(0, 2, 3, 1).float().contiguous() for t in (waves, taps))
+            return _loops().add_resized(waves, taps)
+        size = tall.shape[2], self.width
+        rest = F.interpolate(tall, size, mode="bicubic", align_corners=False)
+        features = torch.cat([splatted, rest], dim=1).to(**options)
+        weight, bias = self.weight.to(self.dtype), self.bias.to(self.dtype)
+        return F.conv2d(features, weight, bias, padding=(0, 1)).permute(0, 2, 3, 1)
 
 
 def _has_loops(waves: Tensor, *rest: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.stream import Chain, Layer, Residual
+from gsr.stream import Chain, Convolution, Layer, Residual
 
 
 class ResBlock(nn.Module):
@@ -24,9 +24,9 @@ class ResBlock(nn.Module):
         return x + self.body(x) * self.res_scale
 
     def stream(self) -> Residual:
-        """The same for `gsr.stream`, each convolution for itself: the least rows come twice."""
+        """`forward` for `gsr.stream`."""
         first, relu, second = self.body
-        inner = Chain(Layer(lambda x: relu(first(x)), 1), Layer(second, 1))
+        inner = Chain(Convolution(first, relu), Convolution(second))
         return Residual(inner, lambda x, y: (x[0] + y[0] * self.res_scale,))
 
 
@@ -53,8 +53,9 @@ class EDSR(nn.Module):
     def stream(self) -> Chain:
         """`forward` by bands of rows."""
         *blocks, last = self.body
-        body = Chain(*[block.stream() for block in blocks], Layer(last, 1))
+        body = Chain(*[block.stream() for block in blocks], Convolution(last))
         return Chain(
-            Layer(lambda lr: self.head((lr - 0.5) / 0.5), 1),
+            Layer(lambda lr: (lr - 0.5) / 0.5, 0),
+            Convolution(self.head[0]),
             Residual(body, lambda x, y: (x[0] + y[0],)),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsr.config import ModelConfig
-from gsr.models.bank import BankEncoded, BankHead, BoundedBank, pick
+from gsr.models.bank import BankEncoded, BankHead, BoundedBank, around, pick
 from gsr.ops import rows_needed, splat, splat_at
 
 EPS = 1e-12  # far below the least total weight, see BoundedBank: constant features stay constant
@@ -37,19 +37,23 @@ class FieldHead(BankHead):
     def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
         return rows_needed(rows, lr_size[0], size[0], self.radius)
 
-    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
-        if 9 * queries >= size[0] * size[1]:  # then the whole picture is less work
-            splatted = self.splat_rows(encoded, size, scale)(0, size[0])
-            return lambda y, x: pick(splatted, y, x)
+    def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
         gaussians, (h, w) = self._gaussians(encoded), encoded.features.shape[-2:]
+        whole = 9 * queries >= size[0] * size[1]  # then the whole picture is less work
+        picture = self.splat_rows(encoded, size, scale)(0, size[0]) if whole else None
 
-        def at(y: Tensor, x: Tensor) -> Tensor:
-            y = (y.double() + 0.5) * h / size[0] - 0.5
-            x = (x.double() + 0.5) * w / size[1] - 0.5
-            points = torch.stack([y, x], dim=-1)  # LR pixels, rounded as `splat` rounds them
-            return splat_at(*gaussians, points, radius=self.radius, eps=EPS)
+        def splatted(y: Tensor, x: Tensor) -> Tensor:
+            y_all, x_all = around(y, x, size)
+            if whole:
+                out = pick(picture, y_all, x_all)
+            else:
+                y_all = (y_all.double() + 0.5) * h / size[0] - 0.5
+                x_all = (x_all.double() + 0.5) * w / size[1] - 0.5
+                points = torch.stack([y_all, x_all], dim=-1)  # LR pixels, rounded as `splat` rounds
+                out = splat_at(*gaussians, points, radius=self.radius, eps=EPS)
+            return out.view(*y.shape, 9, self.config.channels)
 
-        return at
+        return splatted
 
     def _gaussians(self, encoded: BankEncoded) -> tuple[Tensor, ...]:
         """values [B, 1, c, h, w], sigma [B, 1, 2, h, w], rho and opacity [B, 1, h, w]."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gsr.config import ModelConfig
 from gsr.errors import InputError
-from gsr.models.bank import BankEncoded, BankHead, GaussianBank, pick
+from gsr.models.bank import BankEncoded, BankHead, GaussianBank
+from gsr.models.decoder import neighbourhoods
 from gsr.ops import rows_needed, splat_windows
 from gsr.resize import bicubic
 
@@ -154,7 +155,14 @@ class OfficialHead(BankHead):
         top, end = windows_touched(rows, count, side[0], size[0])
         return rows_needed((top * window, end * window), lr_size[0], count * window, 2)
 
-    def splat_points(self, encoded: BankEncoded, size, scale, queries: int):
+    def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
+        c = self.config
+        side = window_side(scale, c.window, c.kernel_size)
+        features = whole_windows(encoded.features[:, : c.channels], c.window)
         # 392 multiply-adds an HR pixel, as much as the decoder at one pixel in 1400.
-        splatted = self.splat_rows(encoded, size, scale)(0, size[0])
-        return lambda y, x: pick(splatted, y, x)
+        splatted = splat_windows(features, self.shared(encoded.gaussians), side)
+
+        def resized(y: Tensor, x: Tensor) -> Tensor:
+            return neighbourhoods(splatted, splatted.new_empty(*y.shape, 9, 0), size, y, x)
+
+        return resized
