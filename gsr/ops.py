@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -72,7 +72,10 @@ def splat(
             f"HR rows {tuple(rows)} need LR rows {first} to {last - 1} of {height}, but the "
             f"tensors hold rows {top} to {top + h - 1}"
         )
-    return _splat(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band)
+    return _call(
+        _splat, _splat_now, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps,
+        band,
+    )  # fmt: skip
 
 
 def rows_needed(rows: tuple[int, int], h: int, h_hr: int, radius: int) -> tuple[int, int]:
@@ -105,9 +108,10 @@ def splat_at(
             f"points must be float32 or float64 on {values.device}, not {points.dtype} on "
             f"{points.device}"
         )
-    return _splat_at(
-        values, sigma, rho, opacity, offset, points.detach(), radius, normalize, eps
-    )
+    return _call(
+        _splat_at, _splat_at_now, values, sigma, rho, opacity, offset, points.detach(), radius,
+        normalize, eps,
+    )  # fmt: skip
 
 
 def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
@@ -137,7 +141,7 @@ def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> T
         )
     if min(side) < kernels.shape[1]:
         raise ValueError(f"side must be at least {kernels.shape[1]} pixels, not {tuple(side)}")
-    return _splat_windows(features, kernels, side)
+    return _call(_splat_windows, _splat_windows_now, features, kernels, side)
 
 
 def _check(values, sigma, rho, opacity, offset, radius):
@@ -187,6 +191,16 @@ def _form(values: Tensor):
     return form
 
 
+def _call(op, now: Callable[..., Tensor], tensor: Tensor, *others) -> Tensor:
+    """op(tensor, ...), or now(tensor, ...), the same without PyTorch's registry.
+
+    The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that
+    nobody needs who enlarges a picture.
+    """
+    watched = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    return (op if watched or type(tensor) is not Tensor else now)(tensor, *others)
+
+
 def _fill(gradients, like) -> tuple[Tensor, ...]:
     """Gradients in the types of what they belong to; an operator returns no None."""
     return tuple(
@@ -205,8 +219,7 @@ def _like(values, sigma, rho, opacity, offset) -> tuple[Tensor, ...]:
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("gsr::splat", mutates_args=())
-def _splat(
+def _splat_now(
     values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
     size: Sequence[int], rows: Sequence[int], radius: int, normalize: bool, eps: float,
     band: Sequence[int],
@@ -215,6 +228,9 @@ def _splat(
         values, sigma, rho, opacity, offset, tuple(size), tuple(rows), radius, normalize, eps,
         tuple(band),
     )  # fmt: skip
+
+
+_splat = torch.library.custom_op("gsr::splat", _splat_now, mutates_args=())
 
 
 @_splat.register_fake
@@ -240,14 +256,16 @@ def _(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, 
     return _like(values, sigma, rho, opacity, offset)
 
 
-@torch.library.custom_op("gsr::splat_at", mutates_args=())
-def _splat_at(
+def _splat_at_now(
     values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
     points: Tensor, radius: int, normalize: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     return _form(values).forward_at(
         values, sigma, rho, opacity, offset, points, radius, normalize, eps
     )
+
+
+_splat_at = torch.library.custom_op("gsr::splat_at", _splat_at_now, mutates_args=())
 
 
 @_splat_at.register_fake
@@ -272,14 +290,16 @@ def _(grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps)
     return _like(values, sigma, rho, opacity, offset)
 
 
-@torch.library.custom_op("gsr::splat_windows", mutates_args=())
-def _splat_windows(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
+def _splat_windows_now(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
     if _runs_triton(features):
         from gsr.kernels import windows
 
         return windows.forward(features, kernels, tuple(side))
     # One matrix product: the reference is as fast as the CPU can be.
     return reference.splat_windows(features, kernels, tuple(side)).clone()
+
+
+_splat_windows = torch.library.custom_op("gsr::splat_windows", _splat_windows_now, mutates_args=())
 
 
 @_splat_windows.register_fake

@@ -4,16 +4,17 @@ Rows go in at the top of the picture, and come out as soon as all they depend on
 convolution keeps the few rows of its input that those below still need, so that nothing is
 computed twice, and the result is that of the whole picture.
 
-    stream = Chain(Convolution(conv), Residual(Chain(Layer(block, 2)), add))
+    stream = Chain(Convolution(conv), Skip(Layer(block, 2)))
     out = stream.feed(Band(0, (rows,)), last=False)
     end = stream.feed(None, last=True)
 
-A node is made for one picture, fed from top to bottom and thrown away. It may start below the
-picture's top: rows that depend on what is above then never come out.
+A node is made for one picture, fed from top to bottom without gradients, and thrown away. It may
+start below the picture's top: rows that depend on what is above then never come out.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ class Convolution:
         return y
 
 
-Node = "Layer | Convolution | Chain | Residual"
+Node = "Layer | Convolution | Chain | Residual | Skip"
 
 
 class Chain:
@@ -158,4 +159,33 @@ class Residual:
         x = self.held.rows(out.first, out.end)
         out = Band(out.first, self.merge(x.tensors, out.tensors))
         self.held = self.own = None if last else self.held.kept(out.end, self.own)
+        return out
+
+
+class Skip:
+    """x + scale inner(x), of one tensor each; written over what inner(x) gave.
+
+    A `Residual` that joins no bands: to copy x once more would take as long as to add it.
+    """
+
+    def __init__(self, inner: Node, scale: float = 1.0):
+        self.inner, self.scale = inner, scale
+        self.held: list[Band] = []
+        self.own: Band | None = None  # the last of them where nobody else has it
+
+    def feed(self, band: Band | None, last: bool) -> Band | None:
+        self.held += [] if band is None else [band]
+        out = self.inner.feed(band, last)
+        if out is None:
+            return None
+        for x in self.held:
+            first, end = max(x.first, out.first), min(x.end, out.end)
+            if first < end:
+                (y,), (part,) = out.rows(first, end).tensors, x.rows(first, end).tensors
+                torch.add(part, y, alpha=self.scale, out=y)
+        left = [x.rows(max(x.first, out.end), x.end) for x in self.held if x.end > out.end]
+        self.held = []
+        if left and not last:
+            self.own = functools.reduce(join, left).kept(out.end, self.own)
+            self.held = [self.own]
         return out

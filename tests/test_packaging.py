@@ -66,6 +66,18 @@ def test_using_tensors_needs_no_pillow_and_no_triton():
     assert python(code, path=ROOT) == "3 16 16"
 
 
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+def test_enlarging_does_not_load_the_compiler(mode):
+    """Which would take longer than a small picture."""
+    code = (
+        "import gsr, sys, torch; from gsr.config import EncoderConfig, ModelConfig\n"
+        f"model = gsr.GaussianSR(ModelConfig({mode!r}, EncoderConfig(n_feats=16, n_blocks=1)))\n"
+        "gsr.upscale(torch.rand(3, 8, 8), 2, model=model)\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert python(code, path=ROOT) == "False"
+
+
 def test_public_names():
     assert gsr.upscale.__module__ == "gsr.infer" and gsr.load.__module__ == "gsr.checkpoint"
     assert issubclass(gsr.InputError, ValueError) and gsr.GaussianSR.__name__ == "GaussianSR"

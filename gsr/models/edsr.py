@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.stream import Chain, Convolution, Layer, Residual
+from gsr.stream import Chain, Convolution, Layer, Skip
 
 
 class ResBlock(nn.Module):
@@ -18,16 +19,16 @@ class ResBlock(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(n_feats, n_feats, 3, padding=1),
         )
-        self.res_scale = res_scale
+        # To torch.compile a whole number is a constant, a float an input, which alpha cannot be.
+        self.res_scale = 1 if res_scale == 1 else res_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) * self.res_scale
+        return torch.add(x, self.body(x), alpha=self.res_scale)
 
-    def stream(self) -> Residual:
+    def stream(self) -> Skip:
         """`forward` for `gsr.stream`."""
         first, relu, second = self.body
-        inner = Chain(Convolution(first, relu), Convolution(second))
-        return Residual(inner, lambda x, y: (x[0] + y[0] * self.res_scale,))
+        return Skip(Chain(Convolution(first, relu), Convolution(second)), self.res_scale)
 
 
 class EDSR(nn.Module):
@@ -57,5 +58,5 @@ class EDSR(nn.Module):
         return Chain(
             Layer(lambda lr: (lr - 0.5) / 0.5, 0),
             Convolution(self.head[0]),
-            Residual(body, lambda x, y: (x[0] + y[0],)),
+            Skip(body),
         )
