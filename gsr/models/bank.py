@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.errors import InputError
-from gsr.models.decoder import FourierDecoder, neighbourhoods
+from gsr.models.decoder import QUERIES, FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
 from gsr.resize import bicubic_rows
 
@@ -167,12 +167,18 @@ class BankHead(nn.Module):
 
     def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
         """See `GaussianSR.query`."""
-        splat = self.splat_around(encoded, size, scale, coord.shape[1])
+        lr_size, queries = encoded.features.shape[-2:], coord.shape[1]
+        tensors, splat = self.splat_around(encoded, size, scale, queries)
+        # A few pictures at a time: a part of the queries of all would give gradients of all.
+        n, out = max(1, QUERIES // queries), []
+        parts = (t.split(n) for t in (coord, encoded.features, *tensors))
+        for points, features, *part in zip(*parts, strict=True):
 
-        def neighbours(y: Tensor, x: Tensor) -> Tensor:  # [B, Q] twice to [B, Q, 9, C]
-            return neighbourhoods(encoded.features, splat(y, x), size, y, x)
+            def neighbours(y, x, features=features, part=part):  # [B, Q] twice to [B, Q, 9, C]
+                return neighbourhoods(features, splat(part, y, x), size, y, x)
 
-        return self.decoder.query(neighbours, coord, encoded.features.shape[-2:], size)
+            out.append(self.decoder.query(neighbours, points, lr_size, size))
+        return torch.cat(out)
 
     def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
         """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""
@@ -183,8 +189,9 @@ class BankHead(nn.Module):
         raise NotImplementedError
 
     def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
-        """A function of HR pixels (y, x), [B, Q] each, giving [B, Q, 9, c]: the splatted stream
-        at the 3 x 3 pixels around each, row by row, and anything finite beyond the picture."""
+        """Tensors [B, ...], and a function of such for some pictures and of HR pixels (y, x),
+        [B, Q] each, giving [B, Q, 9, c]: the splatted stream at the 3 x 3 pixels around each, row
+        by row, and anything finite beyond the picture."""
         raise NotImplementedError
 
 

@@ -21,6 +21,7 @@ from gsr.device import each
 from gsr.resize import cubic
 
 STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
+QUERIES = 2**12  # HR pixels decoded at a time where single ones are asked for
 AT_ONCE = 16  # strips whose features are made at a time: these are small, but cost many steps
 WIDE = 64  # channels from which on `affine` is a convolution
 
@@ -157,9 +158,8 @@ class FourierDecoder(nn.Module):
         """
         weight, bias = self._merged()
         weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
-        # With gradients every part adds to those of all features, and the cache keeps none anyway.
-        parts, strip = [], 8 * STRIP if torch.is_grad_enabled() else STRIP
-        for part in coord.float().split(max(1, strip // coord.shape[0]), dim=1):
+        parts = []
+        for part in coord.float().split(max(1, QUERIES // coord.shape[0]), dim=1):
             index, away = [], []
             for i in (0, 1):
                 q = part[..., i]

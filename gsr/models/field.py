@@ -40,20 +40,21 @@ class FieldHead(BankHead):
     def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
         gaussians, (h, w) = self._gaussians(encoded), encoded.features.shape[-2:]
         whole = 9 * queries >= size[0] * size[1]  # then the whole picture is less work
-        picture = self.splat_rows(encoded, size, scale)(0, size[0]) if whole else None
+        if whole:
+            gaussians = (self.splat_rows(encoded, size, scale)(0, size[0]),)
 
-        def splatted(y: Tensor, x: Tensor) -> Tensor:
+        def splatted(tensors, y: Tensor, x: Tensor) -> Tensor:
             y_all, x_all = around(y, x, size)
             if whole:
-                out = pick(picture, y_all, x_all)
+                out = pick(*tensors, y_all, x_all)
             else:
                 y_all = (y_all.double() + 0.5) * h / size[0] - 0.5
                 x_all = (x_all.double() + 0.5) * w / size[1] - 0.5
                 points = torch.stack([y_all, x_all], dim=-1)  # LR pixels, rounded as `splat` rounds
-                out = splat_at(*gaussians, points, radius=self.radius, eps=EPS)
+                out = splat_at(*tensors, points, radius=self.radius, eps=EPS)
             return out.view(*y.shape, 9, self.config.channels)
 
-        return splatted
+        return gaussians, splatted
 
     def _gaussians(self, encoded: BankEncoded) -> tuple[Tensor, ...]:
         """values [B, 1, c, h, w], sigma [B, 1, 2, h, w], rho and opacity [B, 1, h, w]."""

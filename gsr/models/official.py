@@ -162,7 +162,7 @@ class OfficialHead(BankHead):
         # 392 multiply-adds an HR pixel, as much as the decoder at one pixel in 1400.
         splatted = splat_windows(features, self.shared(encoded.gaussians), side)
 
-        def resized(y: Tensor, x: Tensor) -> Tensor:
-            return neighbourhoods(splatted, splatted.new_empty(*y.shape, 9, 0), size, y, x)
+        def resized(tensors, y: Tensor, x: Tensor) -> Tensor:
+            return neighbourhoods(*tensors, splatted.new_empty(*y.shape, 9, 0), size, y, x)
 
-        return resized
+        return (splatted,), resized
