@@ -18,6 +18,9 @@ from typing import Any
 from gsr import __version__
 from gsr.errors import InputError
 
+LARGE = 4_000_000  # pixels of a result from which it may take long
+LONG = 10  # seconds from which that is said before
+
 EPILOG = """\
 examples:
   gsr upscale photo.jpg -o large.png --scale 3.7
@@ -172,7 +175,7 @@ def _upscale(args: argparse.Namespace) -> None:
 
     from gsr.device import pick_device, set_threads
     from gsr.image import check_format, check_writable, open_image, save_image
-    from gsr.infer import MAX_PIXELS, target_size, upscale
+    from gsr.infer import MAX_PIXELS, estimate, target_size, upscale, upscale_to_png
     from gsr.paths import make_folder, usable
 
     # Everything that can be refused is refused before the model is loaded or a pixel computed, and
@@ -210,25 +213,42 @@ def _upscale(args: argparse.Namespace) -> None:
 
     model = load(args.model).to(pick_device(args.device))
     progress = not args.quiet and sys.stderr.isatty()
-    for photo, output in zip(photos, outputs, strict=True):
+    for photo, output, (width, height) in zip(photos, outputs, sizes, strict=True):
         if len(photos) > 1:  # otherwise it is still there from the checks
             image = open_image(photo)
+        options = (
+            args.scale, args.size, model, progress, limit, args.max_memory, args.precision
+        )  # fmt: skip
+        if not args.quiet and width * height >= LARGE:
+            shape = image.height, image.width
+            seconds = estimate(model, shape, (height, width), args.precision)
+            if seconds >= LONG:
+                print(f"{photo} takes about {_duration(seconds)}", file=sys.stderr, flush=True)
         start = time.perf_counter()
+        streamed = output.suffix.lower() == ".png" and comparison is None
         try:
-            large = upscale(
-                image, args.scale, args.size, model, progress, limit, args.max_memory,
-                args.precision,
-            )  # fmt: skip
+            if streamed:
+                upscale_to_png(output, image, *options)
+            else:
+                large = upscale(image, *options)
         except InputError as error:
             raise InputError(f"{photo}: {error}") from None
-        save_image(output, large)
+        if not streamed:
+            save_image(output, large)
         if not args.quiet:
             seconds = time.perf_counter() - start
-            print(f"{output}: {large.width} x {large.height} in {seconds:.1f} s", flush=True)
+            print(f"{output}: {width} x {height} in {seconds:.1f} s", flush=True)
     if comparison is not None:
         save_image(comparison, _side_by_side(image, large))
         if not args.quiet:
             print(f"{comparison}: bicubic left, gsr right")
+
+
+def _duration(seconds: float) -> str:
+    """ "40 s", "3 min" or "1.5 h"."""
+    if seconds < 90:
+        return f"{round(seconds, -1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _outputs(photos: list[Path], output: str) -> list[Path]:

@@ -82,8 +82,8 @@ def backward_at(
 def _forward(field, where, radius, normalize, eps):
     b, _, c = field[0].shape[:3]
     working, promoted = _types(field)
-    out = torch.empty(where.shape(b, c), dtype=working)
-    if out.numel() and (loops := _loops()):
+    out = torch.empty(where.shape(b, c), dtype=working, device=field[0].device)
+    if out.numel() and (loops := _loops_for(field)):
         _splat(loops, out, field, where, radius, normalize, eps)
     elif out.numel():
         _splat_in_pieces(out, field, where, radius, normalize, eps)
@@ -93,8 +93,8 @@ def _forward(field, where, radius, normalize, eps):
 def _backward(grad, field, where, radius, normalize, eps):
     working, _ = _types(field)
     if not grad.numel():
-        out = [None if t is None else torch.zeros(t.shape, dtype=working) for t in field]
-    elif loops := _loops():
+        out = [None if t is None else torch.zeros_like(t, dtype=working) for t in field]
+    elif loops := _loops_for(field):
         out = _gradients(loops, grad, field, where, radius, normalize, eps, working)
     else:
         out = _gradients_in_pieces(grad, field, where, radius, normalize, eps, working)
@@ -105,6 +105,11 @@ def _types(field) -> tuple[torch.dtype, torch.dtype]:
     """The type to compute in, and that of the result."""
     promoted = functools.reduce(torch.promote_types, [t.dtype for t in field if t is not None])
     return torch.promote_types(promoted, torch.float32), promoted
+
+
+def _loops_for(field):
+    """`_loops`, for tensors whose memory the CPU can read; others have the reference's pieces."""
+    return _loops() if field[0].device.type == "cpu" else None
 
 
 @functools.lru_cache(maxsize=1)

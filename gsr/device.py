@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -58,17 +59,38 @@ def each(function: Callable[[Any], None], items: Iterable, threads: int) -> None
         for item in items:
             function(item)
         return
-    mode, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    mode, count = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    todo, ready = iter(list(items)), threading.Barrier(threads + 1)
 
-    def run(item):
+    def work() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first question takes PyTorch's number over
+        ready.wait()
         with torch.inference_mode(mode), torch.no_grad():
-            function(item)
+            try:
+                for item in todo:  # shared, so that a thread that is done early takes more
+                    function(item)
+            except BaseException:
+                list(todo)  # nothing for the others to begin
+                raise
 
-    try:
-        with ThreadPoolExecutor(threads, "gsr", torch.set_num_threads, (1,)) as pool:
-            list(pool.map(run, items))
-    finally:
-        torch.set_num_threads(before)  # for threads that start from now on
+    with ThreadPoolExecutor(threads, "gsr") as pool:
+        try:
+            workers = [pool.submit(work) for _ in range(threads)]
+            ready.wait()
+        except BaseException:
+            ready.abort()
+            raise
+        finally:
+            # PyTorch took the 1 for all threads that are yet to come.
+            torch.set_num_threads(count)
+    for worker in workers:
+        worker.result()
+
+
+def at_once(pixels: int, like: torch.Tensor) -> int:
+    """So many pixels, chosen for the caches of a CPU, or more where like's device has none such."""
+    return pixels if like.device.type == "cpu" else 16 * pixels
 
 
 @functools.cache

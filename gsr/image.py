@@ -10,8 +10,10 @@ import io
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -236,12 +238,22 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
 
     Raises InputError if the operating system refuses.
     """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the name `path` at the end; if anything fails it is gone.
+
+    Raises InputError if the operating system refuses.
+    """
     path = Path(path)
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # or a crash could leave the new name on an empty file
         umask = os.umask(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gsr.device import keep_pieces
+from gsr.device import at_once, keep_pieces
 from gsr.errors import InputError
 from gsr.stream import Band, join
 
@@ -56,6 +57,10 @@ def run(
     they were.
     """
 
+    from gsr.models import check_picture
+
+    check_picture(lr)
+
     def source(first: int, end: int) -> torch.Tensor:
         return lr[..., first:end, :].detach().to(_device(model), torch.float32)
 
@@ -81,8 +86,11 @@ class _Work:
             keep_pieces()
         self.model, self.source, self.size, self.scale, self.bar = model, source, size, scale, bar
         self.batch, self.lr_size = shape[0], tuple(shape[-2:])
-        self.band = max(1, BAND_PIXELS // (self.batch * self.lr_size[1]))  # rows
-        self.strip = max(1, STRIP_PIXELS // (self.batch * size[1]))
+        weight = next(model.parameters())
+        band, strip = (at_once(n, weight) // self.batch for n in (BAND_PIXELS, STRIP_PIXELS))
+        strip *= max(1, torch.get_num_threads() // 4)  # enough for each thread
+        self.band = min(self.lr_size[0], max(1, band // self.lr_size[1]))  # rows
+        self.strip = min(size[0], max(1, strip // size[1]))
         self.keep = KEEP
         self.dtype = _dtype(precision, self)
         self._rewind()
@@ -94,13 +102,15 @@ class _Work:
         even single rows fit.
         """
         if max_memory is not None:
-            least = _resident() + result + self._bytes(1, 1)
+            if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):
+                raise InputError(f"max_memory must be a number of bytes, not {max_memory!r}")
+            taken = _resident() + result
+            left, least = max_memory - taken, taken + self._bytes(1, 1)
             if least > max_memory:
                 raise InputError(
                     f"this picture takes about {least / 1e6:.0f} MB, more than max_memory "
                     f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or enlarge less"
                 )
-            left = max_memory - _resident() - result
             while self._bytes(self.band, self.strip) > left:
                 self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
             self.keep = min(KEEP, left - self._bytes(self.band, self.strip))
@@ -110,16 +120,27 @@ class _Work:
         """What bands and strips of so many rows take, from the peaks of many runs."""
         (h, w), features = self.lr_size, 4 * self.model.config.encoder.n_feats
         # A band in the encoder, and the rows that each of its convolutions keeps.
-        encoder = features * w * (20 * min(band, h) + 4 * self.model.halo)
-        return self.batch * (encoder + strip * self.size[1] * 600) + STRIP_BYTES
+        from gsr.models.decoder import STRIP
+
+        lr = features * w * (20 * min(band, h) + 4 * self.model.halo)
+        if hasattr(self.model.head, "shared"):
+            lr += 32 * h * w  # all Gaussians, and once more in whole windows
+        row = self.batch * self.size[1]
+        hr = row * strip * 600
+        if hasattr(self.model.head, "decoder"):  # waves and two layers, of each thread's own strip
+            hr += 4000 * min(row * strip, torch.get_num_threads() * max(STRIP, row))
+        return self.batch * lr + hr + STRIP_BYTES
 
     def _start_bar(self) -> None:
-        bar = self.bar
-        if bar is not None:
-            encode, render = _costs(self.model)
-            encode *= self.batch * math.prod(self.lr_size) * (2 if self._two_passes() else 1)
-            bar.total = (bar.total or 0) + encode + self.batch * math.prod(self.size) * render
-            bar.refresh()
+        if self.bar is not None:
+            self.bar.total = (self.bar.total or 0) + self.cost()
+            self.bar.refresh()
+
+    def cost(self) -> float:
+        """How much there is to do, in the unit of `_costs`."""
+        encode, render = _costs(self.model)
+        encode *= math.prod(self.lr_size) * (2 if self._two_passes() else 1)
+        return self.batch * (encode + math.prod(self.size) * render)
 
     def strips(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first row, end row, HR rows [B, 3, rows, W] float32), from the top."""
@@ -144,7 +165,8 @@ class _Work:
         needed = self.model.rows_needed(rows, self.lr_size, self.size, self.scale)
         lr = self._encoded(*needed)
         band = None if lr.end - lr.first == self.lr_size[0] else (lr.first, self.lr_size[0])
-        with _decoding(self.model, self.dtype):
+        device = _device(self.model).type
+        with torch.autocast(device, torch.bfloat16, self.dtype != torch.float32):
             strip = self.model.render(lr.tensors, self.size, self.scale, rows, band, shared)
         return strip.float()
 
@@ -155,7 +177,7 @@ class _Work:
                 self.stream, self.next = self.model.stream(), max(0, first - self.model.halo)
             stop = min(self.next + self.band, self.lr_size[0])
             last, pixels = stop == self.lr_size[0], self.source(self.next, stop)
-            with torch.autocast(pixels.device.type, self.dtype, self.dtype != torch.float32):
+            with torch.autocast(pixels.device.type, torch.bfloat16, self.dtype != torch.float32):
                 if self.next == 0 and last:
                     # In one piece, so that what `GaussianSR.compile` has made serves.
                     band = Band(0, self.model.encode(pixels))
@@ -211,27 +233,11 @@ class _Work:
             ) from error
         self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
         self._rewind()
-        if _device(self.model).type == "cuda":
-            torch.cuda.empty_cache()
 
     def _advance(self, pixels: int, which: int) -> None:
         if self.bar is not None:
             step = self.batch * pixels * _costs(self.model)[which]
             self.bar.update(min(step, max(self.bar.total - self.bar.n, 0)))
-
-
-@contextmanager
-def _decoding(model, dtype: torch.dtype) -> Iterator[None]:
-    """The decoder of `field` and `official`, if there is one, multiplying matrices in that type."""
-    decoder = getattr(model.head, "decoder", None)
-    if decoder is None:
-        yield
-        return
-    before, decoder.dtype = decoder.dtype, dtype
-    try:
-        yield
-    finally:
-        decoder.dtype = before
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -296,11 +302,36 @@ def _costs(model: GaussianSR) -> tuple[float, float]:
     return encode, sum(weight.numel() for weight in model.head.parameters())
 
 
+def estimate(
+    model: GaussianSR, shape: tuple[int, int], size: tuple[int, int], precision: str = "auto"
+) -> float:
+    """Seconds that `upscale` will take, about, from a picture of `shape` (h, w) to `size` (H, W).
+
+    Measured on a piece of at most 128 x 128, which takes its time twice.
+    """
+    part = tuple(min(n, PROBE) for n in shape)
+    large = tuple(max(1, n_hr * p // n) for p, n, n_hr in zip(part, shape, size, strict=True))
+    if precision == "auto":  # as it will be for nearly all pictures
+        bf16 = math.prod(shape) >= 8 * PROBE**2 and _has_bf16(model)
+        precision = "bf16" if bf16 else "fp32"
+    lr = torch.rand(1, 3, *part, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the first compiles and allocates
+        start = time.perf_counter()
+        run(model, lr, large, precision=precision)
+        seconds = time.perf_counter() - start
+    work = [
+        _Work(model, None, (1, 3, *of), to, None, "fp32").cost()
+        for of, to in ((part, large), (shape, size))
+    ]
+    return seconds * work[1] / work[0]
+
+
 @contextmanager
 def _inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients within; every module's own training flag restored after."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    before = [(module, True) for module in model.modules() if module.training]
+    if before:
+        model.eval()
     try:
         with torch.inference_mode():
             yield
@@ -392,12 +423,7 @@ def upscale(
     Raises InputError for another kind, shape or dtype of picture, values that are not finite or
     outside [0, 1], and sizes or scales that are not as above.
     """
-    if model is None:
-        model = _bundled()
-    elif not (hasattr(model, "encode") and hasattr(model, "render")):
-        raise InputError(
-            f"model must be a GaussianSR, as gsr.load(path) returns, not {type(model).__name__}"
-        )
+    model = _usable_model(model)
     with _bar(progress) as bar:
         fill = functools.partial(_fill, model, max_memory, precision, bar)
         if isinstance(image, torch.Tensor):
@@ -412,6 +438,17 @@ def upscale(
         "image must be a Pillow image, a NumPy array or a torch tensor, "
         f"not {type(image).__name__}; gsr.image.read_image reads files"
     )
+
+
+def _usable_model(model) -> GaussianSR:
+    """The model, or the bundled one for None."""
+    if model is None:
+        return _bundled()
+    if not (hasattr(model, "encode") and hasattr(model, "render")):
+        raise InputError(
+            f"model must be a GaussianSR, as gsr.load(path) returns, not {type(model).__name__}"
+        )
+    return model
 
 
 @functools.lru_cache(maxsize=1)
@@ -437,16 +474,28 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
     for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one picture
-        fill(hr, lr, out, scales)
+        fill(lr, out, scales, hr)
     return result if image.ndim == 4 else result[0]
 
 
 def _fill(
-    model, max_memory, precision, bar, hr: torch.Tensor, lr: torch.Tensor, out, scales, later=0
+    model, max_memory, precision, bar, lr: torch.Tensor, out, scales, hr: torch.Tensor, later=0
 ):
     """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type.
 
-    `later` is the bytes that the caller will take besides.
+    `later` is the bytes that the caller will take besides hr.
+    """
+
+    def put(start: int, stop: int, strip: torch.Tensor) -> None:
+        hr[:, start:stop] = strip
+
+    _render(model, max_memory, precision, bar, lr, out, scales, put, hr.nbytes + later)
+
+
+def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int) -> None:
+    """put(first row, end row, HR rows) for the enlarged lr [3, h, w] or [1, h, w], from the top.
+
+    They have as many planes, and are uint8 if lr is; `result` is the bytes that the caller takes.
     """
     device = _device(model)
 
@@ -457,13 +506,15 @@ def _fill(
     shape = (1, 3, *lr.shape[-2:])
     with _inference(model):
         work = _Work(model, source, shape, out, scales, precision, bar)
-        work.fit(max_memory, hr.nbytes + later)
+        work.fit(max_memory, result)
         for start, stop, strip in work.strips():
             strip = strip[0].clamp_(0, 1)
-            if hr.shape[0] == 1:
+            if lr.shape[0] == 1:
                 weights = strip.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
                 strip = (strip * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
-            hr[:, start:stop] = strip.mul_(255).round_() if hr.dtype == torch.uint8 else strip
+            if lr.dtype == torch.uint8:
+                strip = strip.mul_(255).round_().to(torch.uint8)
+            put(start, stop, strip)
 
 
 def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
@@ -487,9 +538,8 @@ def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
     if min(planes.strides) < 0 or not planes.flags.writeable:  # neither can be a tensor
         planes = planes.copy()
     result = np.empty((*out, channels), planes.dtype)
-    # Both share the arrays' memory.
-    lr, hr = (torch.from_numpy(a).permute(2, 0, 1)[: min(channels, 3)] for a in (planes, result))
-    fill(hr, lr, out, scales)
+    lr, hr = (_as_tensor(a) for a in (planes, result))
+    fill(lr, out, scales, hr)
     if channels == 4:
         result[..., 3] = _bicubic(planes[..., 3], out)
     return (result if image.ndim == 3 else result[..., 0]).astype(image.dtype, copy=False)
@@ -498,29 +548,82 @@ def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
 def _upscale_pil(image, scale, size, max_pixels, fill):
     from PIL import Image
 
-    from gsr.image import has_alpha, to_rgb, upright
+    image = _upright(image)
+    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
+    array, alpha, profile = _planes(image)
+    result = np.empty((*out, array.shape[2]), np.uint8)
+    lr, hr = (_as_tensor(a) for a in (array, result))
+    # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
+    fill(lr, out, scales, hr, 7 * math.prod(out))
+    result = Image.fromarray(result[..., 0] if array.shape[2] == 1 else result)
+    if alpha is not None:
+        result.putalpha(Image.fromarray(_bicubic(alpha, out)))
+    if profile is not None:
+        result.info["icc_profile"] = profile
+    return result
+
+
+def upscale_to_png(
+    path: str | os.PathLike,
+    image: Any,
+    scale: float | Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    model: GaussianSR | None = None,
+    progress: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
+    precision: str = "auto",
+) -> tuple[int, int]:
+    """Write to a PNG file what `upscale` makes of a Pillow image; returns its size (H, W).
+
+    Strip by strip: the result is never in memory as a whole. The file appears when it is complete.
+    Arguments and errors are those of `upscale`, besides an InputError for a file that cannot be
+    written.
+    """
+    from gsr.png import png_writer
+
+    model = _usable_model(model)
+    image = _upright(image)
+    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
+    array, alpha, profile = _planes(image)
+    alpha = None if alpha is None else _bicubic(alpha, out)
+    channels = array.shape[2] + (alpha is not None)
+    with _bar(progress) as bar, png_writer(path, out, channels, profile) as write:
+
+        def put(start: int, stop: int, strip: torch.Tensor) -> None:
+            rows = strip.permute(1, 2, 0).cpu().numpy()
+            if alpha is not None:
+                rows = np.concatenate([rows, alpha[start:stop, :, None]], axis=2)
+            write(rows)
+
+        _render(model, max_memory, precision, bar, _as_tensor(array), out, scales, put, 0)
+    return out
+
+
+def _upright(image):
+    from gsr.image import upright
 
     if 0 in image.size:
         raise InputError("the picture has no pixels")
-    image = upright(image)
+    return upright(image)
+
+
+def _planes(image) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
+    """An upright Pillow image: uint8 [h, w, 1] (grey) or [h, w, 3], alpha [h, w], ICC profile."""
+    from gsr.image import has_alpha, to_rgb
+
     grey = image.mode in ("L", "LA", "La", "1", "I", "F") or image.mode.startswith("I;16")
-    shape = image.height, image.width
-    pixels = math.prod(target_size(shape, scale, size, max_pixels)[0])  # before any conversion
-    array = np.asarray(to_rgb(image))
-    if grey:
-        array = array[..., :1]
-    if has_alpha(image):
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-    # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
-    fill = functools.partial(fill, later=7 * pixels)
-    array = _upscale_array(array, scale, size, max_pixels, fill)
-    result = Image.fromarray(array[..., 0] if grey else array)
-    if has_alpha(image):
-        result.putalpha(Image.fromarray(_bicubic(alpha, array.shape[:2])))
+    array = np.array(to_rgb(image))
+    alpha = np.asarray(image.convert("RGBA"))[..., 3] if has_alpha(image) else None
     # The profile of a CMYK or Lab file does not describe RGB.
-    if "icc_profile" in image.info and (grey or image.mode in ("RGB", "RGBA", "RGBX", "P", "PA")):
-        result.info["icc_profile"] = image.info["icc_profile"]
-    return result
+    keeps = grey or image.mode in ("RGB", "RGBA", "RGBX", "P", "PA")
+    profile = image.info.get("icc_profile") if keeps else None
+    return np.ascontiguousarray(array[..., :1]) if grey else array, alpha, profile
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """[h, w, C] as [C, h, w], at most 3 planes, in the same memory."""
+    return torch.from_numpy(array).permute(2, 0, 1)[:3]
 
 
 def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:

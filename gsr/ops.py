@@ -296,7 +296,7 @@ def _splat_windows_now(features: Tensor, kernels: Tensor, side: Sequence[int]) -
 
         return windows.forward(features, kernels, tuple(side))
     # One matrix product: the reference is as fast as the CPU can be.
-    return reference.splat_windows(features, kernels, tuple(side)).clone()
+    return reference.splat_windows(features, kernels, tuple(side))
 
 
 _splat_windows = torch.library.custom_op("gsr::splat_windows", _splat_windows_now, mutates_args=())

@@ -14,7 +14,6 @@ start below the picture's top: rows that depend on what is above then never come
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -66,6 +65,23 @@ def _like(tensors: tuple, others: Iterable[Tensor]) -> tuple:
     return type(tensors)._make(others) if hasattr(tensors, "_make") else tuple(others)
 
 
+class Waiting:
+    """The rows that a node still needs."""
+
+    def __init__(self):
+        self.band: Band | None = None
+        self._own: Band | None = None  # the same where nobody else has it
+
+    def add(self, band: Band | None) -> Band | None:
+        """All of them, with those that have come."""
+        self.band = join(self.band, band)
+        return self.band
+
+    def keep(self, first: int, last: bool) -> None:
+        """Those from first on; none if these were the last."""
+        self.band = self._own = None if last else self.band.kept(first, self._own)
+
+
 class Layer:
     """A function of all rows within `reach`: convolutions with zero padding, as a rule.
 
@@ -76,22 +92,21 @@ class Layer:
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], reach: int):
         self.function, self.reach = function, reach
-        self.held: Band | None = None
-        self.own: Band | None = None  # the same where nobody else has it
+        self.held = Waiting()
         self.next = -1  # the next row to come out
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         """The rows that can be told from what has come until now, if any."""
-        if self.held is None and band is not None:
+        if self.held.band is None and band is not None:
             # At the picture's own top the function's padding is right.
             self.next = band.first + self.reach if band.first else 0
-        x = self.held = join(self.held, band)
+        x = self.held.add(band)
         end = 0 if x is None else x.end if last else x.end - self.reach
         if end <= self.next:
             return None
         y = self.function(*x.tensors)
         y = Band(x.first, y if isinstance(y, tuple) else (y,)).rows(self.next, end)
-        self.held = self.own = None if last else x.kept(max(x.first, end - self.reach), self.own)
+        self.held.keep(max(x.first, end - self.reach), last)
         self.next = end
         return y
 
@@ -105,24 +120,22 @@ class Convolution:
 
     def __init__(self, conv: nn.Conv2d, after: Callable[[Tensor], Tensor] | None = None):
         self.conv, self.after, self.reach = conv, after, conv.padding[0]
-        self.held: Band | None = None
-        self.own: Band | None = None  # the same where nobody else has it
+        self.held = Waiting()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        above = self.reach if self.held is None and band is not None and band.first == 0 else 0
-        x = join(self.held, band)
+        above = self.reach if self.held.band is None and band is not None and not band.first else 0
+        x = self.held.add(band)
         if x is None:
             return None
         if above or last:
             zeros = (0, 0, above, self.reach if last else 0)
-            x = Band(x.first - above, (F.pad(x.tensors[0], zeros),))
+            x = self.held.band = Band(x.first - above, (F.pad(x.tensors[0], zeros),))
         if x.end - x.first <= 2 * self.reach:
-            self.held = x
             return None
         conv = self.conv
         y = F.conv2d(x.tensors[0], conv.weight, conv.bias, padding=(0, conv.padding[1]))
         y = Band(x.first + self.reach, (y if self.after is None else self.after(y),))
-        self.held = self.own = None if last else x.kept(x.end - 2 * self.reach, self.own)
+        self.held.keep(x.end - 2 * self.reach, last)
         return y
 
 
@@ -148,30 +161,29 @@ class Residual:
 
     def __init__(self, inner: Node, merge: Callable[[tuple, tuple], tuple]):
         self.inner, self.merge = inner, merge
-        self.held: Band | None = None
-        self.own: Band | None = None  # the same where nobody else has it
+        self.held = Waiting()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        self.held = join(self.held, band)
+        held = self.held.add(band)
         out = self.inner.feed(band, last)
         if out is None:
             return None
-        x = self.held.rows(out.first, out.end)
+        x = held.rows(out.first, out.end)
         out = Band(out.first, self.merge(x.tensors, out.tensors))
-        self.held = self.own = None if last else self.held.kept(out.end, self.own)
+        self.held.keep(out.end, last)
         return out
 
 
 class Skip:
     """x + scale inner(x), of one tensor each; written over what inner(x) gave.
 
-    A `Residual` that joins no bands: to copy x once more would take as long as to add it.
+    A `Residual` that joins no bands, and copies but the rows of one that is used in part.
     """
 
     def __init__(self, inner: Node, scale: float = 1.0):
         self.inner, self.scale = inner, scale
         self.held: list[Band] = []
-        self.own: Band | None = None  # the last of them where nobody else has it
+        self.own: Band | None = None  # memory for the first of them
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         self.held += [] if band is None else [band]
@@ -183,9 +195,7 @@ class Skip:
             if first < end:
                 (y,), (part,) = out.rows(first, end).tensors, x.rows(first, end).tensors
                 torch.add(part, y, alpha=self.scale, out=y)
-        left = [x.rows(max(x.first, out.end), x.end) for x in self.held if x.end > out.end]
-        self.held = []
-        if left and not last:
-            self.own = functools.reduce(join, left).kept(out.end, self.own)
-            self.held = [self.own]
+        self.held = [x for x in self.held if x.end > out.end]
+        if self.held and self.held[0].first < out.end:
+            self.own = self.held[0] = self.held[0].kept(out.end, self.own)
         return out

@@ -481,3 +481,16 @@ def test_memory():
         """
     )
     assert -1 < float(peak) < 40
+
+
+def test_other_devices_get_the_pieces_of_the_reference(monkeypatch):
+    """No loop may follow an address that is not the CPU's; "meta" stands for such a device."""
+    monkeypatch.setattr(cpu, "_loops", lambda: pytest.fail("loops for another device"))
+    with torch.device("meta"):
+        values, rest = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 2, 2, 4, 5)
+        field = values, rest, rest[:, :, 0], rest[:, :, 1], None
+    out = cpu.forward(*field, (8, 10), None, 1, True, 1e-6)
+    assert out.device.type == "meta" and out.shape == (1, 3, 8, 10)
+    gradients = cpu.backward(out, *field, (8, 10), None, 1, True, 1e-6)
+    for got, given in zip(gradients, field, strict=True):
+        assert given is None or (got.device.type, got.shape) == ("meta", given.shape)

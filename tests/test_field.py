@@ -8,7 +8,7 @@ from gsr.data import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR, decoder
 from gsr.models.bank import BankEncoded, BoundedBank, GaussianBank, assign, pick
-from gsr.models.decoder import bicubic_neighbours
+from gsr.models.decoder import FourierDecoder, bicubic_neighbours
 from gsr.resize import bicubic
 
 
@@ -226,23 +226,22 @@ def test_other_assignments_are_refused():
 
 @pytest.mark.parametrize("mode", ["field", "official"])
 def test_few_pixels_are_decoded_at_a_time(mode, monkeypatch):
-    """The waves of a published model, 512 float32 a pixel, take 32 MiB however large HR is."""
-    model, pixels = make(mode), []
-    rgb = model.head.decoder.rgb
+    """However large HR is, but for the width of a row."""
+    model, pixels, rgb = make(mode), [], FourierDecoder.rgb
 
-    def counted(waves, *rest):
+    def counted(self, waves, *rest):
         pixels.append(waves[..., 0].numel())
-        return rgb(waves, *rest)
+        return rgb(self, waves, *rest)
 
-    monkeypatch.setattr(model.head.decoder, "rgb", counted)
-    size, most = (130, 301), 2**25 // (512 * 4)
+    monkeypatch.setattr(FourierDecoder, "rgb", counted)
+    size, most = (130, 301), decoder.STRIP
     with torch.inference_mode():
         encoded = model.encode(picture(13, 14, b=2))
         model.render(encoded, size)
         assert max(pixels) <= most and sum(pixels) == 2 * 130 * 301
         pixels.clear()
         model.query(encoded, size, torch.zeros(2, 20_000, 2))
-        assert max(pixels) <= most and sum(pixels) == 2 * 20_000
+        assert max(pixels) <= decoder.QUERIES and sum(pixels) == 2 * 20_000
 
 
 def test_each_pixel_has_its_own_mean_gaussian():

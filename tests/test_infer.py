@@ -255,6 +255,54 @@ def test_pillow_modes(picture, mode, back):
     assert "A" not in mode or error[..., -1].max() == 0
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "I;16", "CMYK"])
+def test_a_file_by_strips_is_the_same_picture(picture, mode, tiny_model, tmp_path):
+    image, path = convert(picture, mode), tmp_path / "a.png"
+    image.info["icc_profile"] = b"a profile"
+    want = gsr.upscale(image, (2, 3.3), model=tiny_model)
+    size = infer.upscale_to_png(path, image, (2, 3.3), model=tiny_model)
+    with Image.open(path) as got:
+        assert got.size == want.size == size[::-1] and got.mode == want.mode
+        assert got.info.get("icc_profile") == want.info.get("icc_profile")
+        assert np.array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_a_file_by_strips_of_a_turned_picture(picture, tiny_model, tmp_path):
+    image = Image.fromarray(picture)
+    image.getexif()[0x0112] = 6
+    size = infer.upscale_to_png(tmp_path / "a.png", image, size=(34, 24), model=tiny_model)
+    assert size == (34, 24)
+
+
+def test_a_failure_in_the_middle_leaves_no_file(picture, tiny_model, tmp_path, monkeypatch):
+    done = []
+
+    def render(*args, **kwargs):
+        if done:
+            raise ValueError("in the middle")
+        done.append(1)
+        return inner(*args, **kwargs)
+
+    inner = tiny_model.render
+    monkeypatch.setattr(tiny_model, "render", render)
+    with pytest.raises(ValueError, match="in the middle"):
+        infer.upscale_to_png(tmp_path / "a.png", Image.fromarray(picture), 4, model=tiny_model)
+    assert not list(tmp_path.iterdir()) and not torch.is_inference_mode_enabled()
+
+
+def test_an_estimate_grows_with_the_picture(tiny_model, monkeypatch):
+    """The seconds of a piece times how much more the picture is."""
+    clock = [0.0]
+
+    def run(model, lr, size, **options):
+        assert lr.shape[-2:] == (128, 100) and size == (256, 200)
+        clock[0] += 3.0
+
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(infer, "run", run)
+    assert infer.estimate(tiny_model, (1280, 100), (2560, 200)) == pytest.approx(30)
+
+
 def test_palette_with_transparency(picture):
     image = Image.fromarray(picture).quantize(4)
     image.info["transparency"] = 2
@@ -294,6 +342,57 @@ def test_bundled_model_is_the_default(monkeypatch, tiny_model, picture):
     finally:
         infer._bundled.cache_clear()
     np.testing.assert_array_equal(result, gsr.upscale(picture, 2, model=tiny_model))
+
+
+# ---- precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+def test_bf16_by_bands_is_that_of_the_whole(mode, monkeypatch):
+    """As near as numbers of 8 bits allow, and not float32; `official` in one pass and in two."""
+    model, lr, size = drawn_model(mode, 3), torch.rand(1, 3, 30, 20), (70, 50)
+    exact = infer.run(model, lr, size)
+    for keep in (infer.KEEP, 0):
+        monkeypatch.setattr(infer, "KEEP", keep)
+        parts = infer.run(model, lr, size, precision="bf16")
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            whole = model.eval().render(model.encode(lr), size)
+        assert parts.dtype == torch.float32
+        assert 1e-6 < (parts - exact).abs().max() < 0.1
+        assert (parts - whole).abs().max() < 0.05 and (parts - whole).abs().mean() < 5e-3
+
+
+def test_autocast_of_others_does_not_matter():
+    model, lr = drawn_model("field", 1), torch.rand(1, 3, 9, 8)
+    want = infer.run(model, lr, (20, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(infer.run(model, lr, (20, 20)), want)
+
+
+@pytest.mark.parametrize(
+    "loss, has, dtype", [(9, True, "bf16"), (-9, True, "fp32"), (9, False, "fp32")]
+)
+def test_auto_takes_bf16_where_it_is_there_and_enough(loss, has, dtype, monkeypatch):
+    monkeypatch.setattr(infer, "PROBE", 8)
+    monkeypatch.setattr(infer, "LOSS", loss)  # dB
+    monkeypatch.setattr(infer, "_has_bf16", lambda model: has)
+    model, picture = drawn_model("direct", 2), np.random.default_rng(0).random((40, 40, 3))
+    asked = {p: gsr.upscale(picture, 2, model=model, precision=p) for p in ("auto", "bf16", "fp32")}
+    assert np.array_equal(asked["auto"], asked[dtype])
+    assert not np.array_equal(asked["bf16"], asked["fp32"])
+    small = picture[:20, :20]
+    few = [gsr.upscale(small, 2, model=model, precision=p) for p in ("auto", "fp32")]
+    assert np.array_equal(*few)
+
+
+def test_a_memory_that_is_no_number_is_refused(tiny_model):
+    with pytest.raises(InputError, match="max_memory must be a number of bytes, not '2GB'"):
+        gsr.upscale(torch.rand(3, 4, 4), 2, model=tiny_model, max_memory="2GB")
+
+
+def test_other_precisions_are_refused(tiny_model):
+    with pytest.raises(InputError, match="precision must be one of auto, fp32, bf16, not 'fp16'"):
+        gsr.upscale(torch.rand(3, 4, 4), 2, model=tiny_model, precision="fp16")
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -26,6 +26,20 @@ def test_other_tensors_are_refused(tiny_model, lr):
         assert str(caught.value).endswith(f"[0, 1], not {lr.dtype} {list(lr.shape)}")
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 2), (1, 0, 2), (1, 7, 3), (7, 2)])
+def test_other_points_are_refused(tiny_model, shape):
+    encoded = tiny_model.encode(torch.rand(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"coord must be \[1, Q, 2\], Q at least 1, not \["):
+        tiny_model.query(encoded, (16, 16), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("rows", [(4, 4), (6, 4), (-1, 3), (0, 17)])
+def test_rows_that_are_none_are_refused(tiny_model, rows):
+    encoded = tiny_model.encode(torch.rand(1, 3, 8, 8))
+    with pytest.raises(InputError, match="are not rows of a picture of height 16"):
+        tiny_model.render(encoded, (16, 16), rows=rows)
+
+
 def test_resolve_size():
     assert resolve_size((12, 17), scale=2) == ((24, 34), (2.0, 2.0))
     assert resolve_size((12, 17), scale=torch.tensor([1.5, 2])) == ((18, 34), (1.5, 2.0))

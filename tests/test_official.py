@@ -11,7 +11,7 @@ from safetensors import safe_open
 from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
 from gsr.data import pixel_coords
 from gsr.errors import InputError
-from gsr.models import GaussianSR, bank, decoder
+from gsr.models import GaussianSR, decoder
 from gsr.models.official import shared_splat, window_kernels, window_side
 from gsr.models.published import load_published
 
@@ -217,8 +217,7 @@ def test_queries_are_pixels_of_the_picture(size, monkeypatch):
         close(at.mT.reshape(whole.shape), whole)
         few = torch.randperm(size[0] * size[1])[:7]
         close(model(lr, size=size, coord=coord[:, few]), at[:, few])
-        monkeypatch.setattr(decoder, "QUERIES", 5)
-        monkeypatch.setattr(bank, "QUERIES", 9)  # a picture at a time
+        monkeypatch.setattr(decoder, "QUERIES", 5)  # a picture at a time
         close(model(lr, size=size, coord=coord[:, few]), at[:, few])
 
 

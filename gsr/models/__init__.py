@@ -97,6 +97,8 @@ class GaussianSR(nn.Module):
         """
         h, w = encoded[0].shape[-2:]
         size, scale = resolve_size((h if band is None else band[1], w), size, scale)
+        if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
+            raise InputError(f"rows {tuple(rows)} are not rows of a picture of height {size[0]}")
         return self.head.render(encoded, size, scale, rows, band, shared)
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
@@ -105,6 +107,9 @@ class GaussianSR(nn.Module):
         `coord` is (y, x) in [-1, 1]; HR pixel i of n has its centre at -1 + (2 i + 1) / n.
         """
         size, scale = resolve_size(encoded[0].shape[-2:], size, scale)
+        batch, shape = encoded[0].shape[0], list(coord.shape)
+        if coord.dim() != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != 2:
+            raise InputError(f"coord must be [{batch}, Q, 2], Q at least 1, not {shape}")
         return self.head.query(encoded, size, coord, scale)
 
     def compile(self, **options) -> GaussianSR:

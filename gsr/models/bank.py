@@ -9,6 +9,7 @@ Fourier decoder turns both into colours. The two modes differ in the splat only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,18 +17,22 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.errors import InputError
-from gsr.models.decoder import QUERIES, FourierDecoder, neighbourhoods
+from gsr.models.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
 from gsr.resize import bicubic_rows
 
 
-def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
+def assign(
+    logits: Tensor, kind: str, hard: bool = False, seeds: Sequence[int] | None = None
+) -> Tensor:
     """Weights of the Gaussians of the bank at every pixel, summing to 1: [B, N, h, w] both.
 
     Args:
         kind: "argmax", one-hot of the largest logit (no gradient); "softmax"; or "gumbel", a sample
-            of the Gumbel-softmax distribution at temperature 1 from PyTorch's global generator.
+            of the Gumbel-softmax distribution at temperature 1.
         hard: round a Gumbel sample to one-hot (straight-through gradient).
+        seeds: of the noise, one a picture, which then depends on nothing else in the batch; None:
+            PyTorch's global generator.
 
     Raises:
         InputError: another kind.
@@ -40,10 +45,21 @@ def assign(logits: Tensor, kind: str, hard: bool = False) -> Tensor:
         return logits.softmax(1)
     if kind == "gumbel":
         # As F.gumbel_softmax, whose exponentially distributed numbers take the CPU 3 times as long.
-        gumbel = -torch.rand_like(logits, dtype=torch.float32).log_().neg_().log_()
+        gumbel = -_uniform(logits, seeds).log_().neg_().log_()
         soft = (logits + gumbel.to(logits.dtype)).softmax(1)
         return assign(soft, "argmax") + soft - soft.detach() if hard else soft
     raise InputError(f"the assignment must be argmax, softmax or gumbel, not {kind!r}")
+
+
+def _uniform(like: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    """Random numbers in [0, 1), float32, in the shape and on the device of `like`."""
+    out = torch.empty_like(like, dtype=torch.float32)
+    if seeds is None:
+        return out.uniform_()
+    generator = torch.Generator(like.device)
+    for picture, seed in zip(out, seeds, strict=True):
+        picture.uniform_(generator=generator.manual_seed(seed))
+    return out
 
 
 class GaussianBank(nn.Module):
@@ -126,6 +142,7 @@ class BankHead(nn.Module):
     """
 
     halo = 1  # the classifier
+    seeds: Sequence[int] | None = None  # of the Gumbel noise in training, see `assign`
 
     def __init__(self, config: ModelConfig, bank: GaussianBank):
         super().__init__()
@@ -141,7 +158,8 @@ class BankHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             if features.dtype in (torch.float16, torch.bfloat16):  # HR is always fp32
                 features, logits = features.float(), logits.float()
-            return BankEncoded(features, self.bank(assign(logits, kind, hard=not self.training)))
+            weights = assign(logits, kind, not self.training, self.seeds if self.training else None)
+            return BankEncoded(features, self.bank(weights))
 
     def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
         """First and end of the LR rows on which HR rows depend."""
@@ -153,7 +171,20 @@ class BankHead(nn.Module):
     def render(
         self, encoded: BankEncoded, size, scale, rows=None, band=None, shared=None
     ) -> Tensor:
-        """See `GaussianSR.render`. Nothing but the result is held for more than a strip of rows."""
+        """See `GaussianSR.render`. Nothing but the result is held for more than a strip of rows.
+
+        Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
+        """
+        device = encoded.features.device.type
+        bf16 = (
+            torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == torch.bfloat16
+        )
+        with torch.autocast(device, enabled=False):
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            return self._render(encoded, size, scale, rows, band, shared, dtype)
+
+    def _render(self, encoded: BankEncoded, size, scale, rows, band, shared, dtype) -> Tensor:
         splat = self.splat_rows(encoded, size, scale, band, shared)
         channels = self.config.channels
 
@@ -163,22 +194,18 @@ class BankHead(nn.Module):
 
         b, _, h, w = encoded.features.shape
         lr_size = h if band is None else band[1], w
-        return self.decoder.render(strip, channels, b, lr_size, size, rows)
+        return self.decoder.render(strip, channels, b, lr_size, size, rows, dtype)
 
     def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
         """See `GaussianSR.query`."""
-        lr_size, queries = encoded.features.shape[-2:], coord.shape[1]
-        tensors, splat = self.splat_around(encoded, size, scale, queries)
-        # A few pictures at a time: a part of the queries of all would give gradients of all.
-        n, out = max(1, QUERIES // queries), []
-        parts = (t.split(n) for t in (coord, encoded.features, *tensors))
-        for points, features, *part in zip(*parts, strict=True):
+        tensors, splat = self.splat_around(encoded, size, scale, coord.shape[1])
 
-            def neighbours(y, x, features=features, part=part):  # [B, Q] twice to [B, Q, 9, C]
-                return neighbourhoods(features, splat(part, y, x), size, y, x)
+        def neighbours(tensors, y: Tensor, x: Tensor) -> Tensor:
+            features, *rest = tensors
+            return neighbourhoods(features, splat(rest, y, x), size, y, x)
 
-            out.append(self.decoder.query(neighbours, points, lr_size, size))
-        return torch.cat(out)
+        lr_size = encoded.features.shape[-2:]
+        return self.decoder.query(neighbours, (encoded.features, *tensors), coord, lr_size, size)
 
     def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
         """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""

@@ -44,7 +44,9 @@ def _run(task, n: int, step: int = BLOCK, pixels: int = 1) -> None:
     Each of the n is so many pixels.
     """
     parts = [(first, min(first + step, n)) for first in range(0, n, step)]
-    if torch.get_num_threads() == 1 or n * pixels <= 4 * BLOCK:  # less work than starting threads
+    # Between PyTorch's steps, whose threads spin for a while, another thread for little work costs
+    # more than it brings.
+    if torch.get_num_threads() == 1 or n * pixels <= 4 * BLOCK:
         for part in parts:
             task(*part)
     else:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
-from gsr.device import each
+from gsr.device import at_once, each
 from gsr.resize import cubic
 
 STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
@@ -54,6 +54,20 @@ def _loops():
     return decode_cpu
 
 
+def _nearest_pixels(coord: Tensor, lr_size, size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """HR pixels (y, x) nearest to coord [B, Q, 2], [B, Q], and the coordinates relative to the
+    nearest LR pixels, [B, Q, 1], in half of these."""
+    pixels, away = [], []
+    for q, n, n_hr in zip(coord.unbind(-1), lr_size, size, strict=True):
+        pixel = nearest(q, n_hr)
+        centre = pixel_centres(n_hr, q.device)[pixel]
+        # However a caller rounded the centre of a pixel, `render`'s rounding decides ties.
+        q = torch.where((q - centre).abs() < 1e-6, centre, q)
+        pixels.append(pixel)
+        away.append(relative(q, n)[..., None])
+    return *pixels, *away
+
+
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`; on the CPU twice as fast.
 
@@ -77,16 +91,11 @@ class FourierDecoder(nn.Module):
         in_channels: C.
         config: widths.
 
-    Attributes:
-        dtype: in which `render` multiplies matrices, float32 or bfloat16. The phases and the last
-            layer are float32 in both, and so is the result.
-
     Source: GaussianSR (AAAI 2025), section 3.4, after LTE (CVPR 2022), section 3.
     """
 
     def __init__(self, in_channels: int, config: DecoderConfig):
         super().__init__()
-        self.dtype = torch.float32
         d = config.hidden_dim
         self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
         self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
@@ -105,8 +114,12 @@ class FourierDecoder(nn.Module):
         lr_size: tuple[int, int],
         size: tuple[int, int],
         rows: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Decode HR row by row: [B, 3, H, W], or only `rows` of it.
+
+        Matrices are multiplied in `dtype`, float32 or bfloat16; the phases and the last layer are
+        float32 in both, and so is the result.
 
         `strip` gives the features of rows first ... last - 1 in two parts: the first `channels`,
         [B, c, last - first, W], and the others before they are resized along the rows,
@@ -122,9 +135,9 @@ class FourierDecoder(nn.Module):
         # Allocated first: strips kept for a final `cat` would lie between the large buffers and
         # fragment the heap.
         out = weight.new_empty(batch, 3, last - first, size[1])
-        dtype = weight.dtype if self.dtype == torch.float32 else self.dtype
+        dtype = weight.dtype if dtype == torch.float32 else dtype
         waves = _Waves(weight, bias, channels, size[1], dtype)
-        step = max(1, STRIP // (batch * size[1]))
+        step = max(1, at_once(STRIP, weight) // (batch * size[1]))
 
         def decode(rows: tuple[int, int]) -> None:
             top, end = rows
@@ -146,34 +159,31 @@ class FourierDecoder(nn.Module):
 
     def query(
         self,
-        neighbours: Callable[[Tensor, Tensor], Tensor],  # (y, x), [B, Q] each, to [B, Q, 9, C]
+        neighbours: Callable[[Sequence[Tensor], Tensor, Tensor], Tensor],
+        tensors: Sequence[Tensor],
         coord: Tensor,
         lr_size: tuple[int, int],
         size: tuple[int, int],
     ) -> Tensor:
         """Decode at `coord` [B, Q, 2], (y, x) in [-1, 1]: [B, Q, 3].
 
-        coef and freq are those of the nearest HR pixel, `neighbours` gives the features around it
-        (row by row, zero beyond the picture).
+        `neighbours`, of `tensors` [B, ...] cut to some pictures and of their pixels (y, x), [b, n]
+        each, gives the features around these [b, n, 9, C], row by row and zero beyond the picture.
+        coef and freq of a point are those of the nearest HR pixel.
         """
         weight, bias = self._merged()
         weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
-        parts = []
-        for part in coord.float().split(max(1, QUERIES // coord.shape[0]), dim=1):
-            index, away = [], []
-            for i in (0, 1):
-                q = part[..., i]
-                pixel = nearest(q, size[i])
-                centre = pixel_centres(size[i], q.device)[pixel]
-                # However a caller rounded the centre of a pixel, `render`'s rounding decides ties.
-                q = torch.where((q - centre).abs() < 1e-6, centre, q)
-                index.append(pixel)
-                away.append(relative(q, lr_size[i])[..., None])
-            around = neighbours(*index).flatten(2)
-            waves = affine(around, weight, bias)
-            ry, rx = (r.to(waves.dtype) for r in away)
-            parts.append(self.rgb(waves, ry, rx, _cell(waves, lr_size, size)))
-        return torch.cat(parts, dim=1)
+        cell, out, most = _cell(weight, lr_size, size), [], at_once(QUERIES, weight)
+        # Pictures apart: a part of the queries of all would give gradients of all their features.
+        pictures = max(1, most // coord.shape[1])
+        for points, *part in zip(*(t.split(pictures) for t in (coord, *tensors)), strict=True):
+            rgb = []
+            for some in points.float().split(max(1, most // len(points)), dim=1):
+                y, x, ry, rx = _nearest_pixels(some, lr_size, size)
+                waves = affine(neighbours(part, y, x).flatten(2), weight, bias)
+                rgb.append(self.rgb(waves, ry.to(waves.dtype), rx.to(waves.dtype), cell))
+            out.append(torch.cat(rgb, dim=1))
+        return torch.cat(out)
 
     def _merged(self) -> tuple[Tensor, Tensor]:
         """coef and freq as one convolution, the frequencies of y before those of x."""
@@ -230,7 +240,7 @@ class _Waves:
 
     def __init__(self, weight: Tensor, bias: Tensor, c: int, width: int, dtype: torch.dtype):
         self.weight, self.bias, self.width, self.dtype = weight, bias, width, dtype
-        self.at_lr = not torch.is_grad_enabled() and _has_loops(weight, bias)
+        self.at_lr = not torch.is_grad_enabled() and _has_loops(weight)
         if self.at_lr:
             self.weight = weight[:, :c]
             columns = weight[:, c:].permute(3, 0, 1, 2).flatten(0, 1)
@@ -260,7 +270,7 @@ def _has_loops(waves: Tensor, *rest: Tensor) -> bool:
         and waves.device.type == "cpu"
         and waves.dtype in (torch.float32, torch.bfloat16)
         and all(t.dtype == torch.float32 for t in rest)
-        and not (torch.is_grad_enabled() and (rest[0].requires_grad or rest[1].requires_grad))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in rest[:2]))
         and _loops() is not None
     )
 
