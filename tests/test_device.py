@@ -48,7 +48,11 @@ def test_threads(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.parametrize("call, megabytes", [("keep_pieces", 19), ("keep_memory", 100)])
 def test_freed_memory_is_used_again(call, megabytes):
-    """Pages that the system gives anew, in a process of its own, with and without."""
+    """Pages that the system gives anew, in a process of its own, with and without.
+
+    Large pieces were never kept without; smaller ones are once what Python has imported happens to
+    have freed one of 32 MB.
+    """
     code = f"""
 import resource, torch
 from gsr.device import {call}
@@ -65,7 +69,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         order = [sys.executable, "-c", code.replace("CALLED", str(called))]
         done = subprocess.run(order, cwd=ROOT, capture_output=True, text=True, check=True)
         pages[called] = int(done.stdout) * resource.getpagesize() / (3 * megabytes << 20)
-    assert pages[True] < 0.1 and pages[False] > 0.3
+    assert pages[True] < 0.1
+    assert pages[False] > 0.3 or call == "keep_pieces"
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
