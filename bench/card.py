@@ -20,21 +20,12 @@ from gsr.cli import guard
 from gsr.errors import InputError
 from gsr.evaluation import describe_model
 from gsr.image import write_atomic
+from gsr.report import published
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
 DOCUMENTS = [ROOT / "README.md", ROOT / "gsr" / "weights" / "gsr-lite" / "README.md"]
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
-
-# Y-PSNR of fixed-scale networks, one trained for each scale (VDSR: one for all three).
-PUBLISHED = {
-    "FSRCNN (Dong et al., ECCV 2016)": {"Set5": {2: 37.00, 3: 33.16, 4: 30.71}},
-    "VDSR (Kim et al., CVPR 2016)": {
-        "Set5": {2: 37.53, 3: 33.66, 4: 31.35},
-        "Set14": {2: 33.03, 3: 29.77, 4: 28.01},
-        "B100": {2: 31.90, 3: 28.82, 4: 27.29},
-    },
-}
 
 
 def tables(report: dict) -> str:
@@ -53,13 +44,11 @@ def tables(report: dict) -> str:
                 + " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in cells)
                 + " |"
             )
-        for label, sets in PUBLISHED.items():
-            if data["name"] in sets:
-                known = sets[data["name"]]
-                cells = [
-                    f"{known[row['scale']]:.2f}" if row["scale"] in known else "" for row in scales
-                ]
-                lines.append(f"| {label}, published | " + " | ".join(cells) + " |")
+        for label, known in published(data, "benchmark"):
+            cells = [
+                f"{known[row['scale']]:.2f}" if row["scale"] in known else "" for row in scales
+            ]
+            lines.append(f"| {label}, published | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -76,6 +65,8 @@ def check(report: dict[str, Any]) -> None:
     name = report["protocol"]["name"]
     if name != "benchmark":
         raise InputError(f"{REPORT.name}: its protocol is {name}; use evaluate.py's default")
+    if "model" not in report:
+        raise InputError(f"{REPORT.name}: is of several models; measure the bundled one alone")
     want, have = describe_model(load(), "bundled")["sha256"], report["model"]["sha256"]
     if have != want:
         raise InputError(

@@ -3,14 +3,19 @@
 Every function takes two pictures as floats in [0, 1], clamped but not rounded to 8 bits, and leaves
 out `shave` pixels on each side. Two published protocols choose metric and shave for a scale:
 `benchmark` (Set5, Set14, B100, Urban100: luma) and `div2k` (RGB); `PROTOCOLS` finds them by name.
-Computed in float64.
+Computed in float64. `perceptual` makes LPIPS and DISTS of the package piq, which are networks.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +27,15 @@ from gsr.errors import InputError
 LUMA = (65.738, 129.057, 25.064)
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+
+# What piq calls them, and where it has the weights from: torch.hub keeps them under these names.
+PIQ = "https://github.com/photosynthesis-team"
+PERCEPTUAL = {
+    "lpips": ("LPIPS", f"{PIQ}/photosynthesis.metrics/releases/download/v0.4.0/lpips_weights.pt"),
+    "dists": ("DISTS", f"{PIQ}/piq/releases/download/v0.4.1/dists_weights.pt"),
+}
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG16_LEAST = 32  # pixels a side: piq runs all of its five halvings
 
 
 def psnr(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
@@ -96,6 +110,81 @@ def ssim(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
     return similarity.mean().item()
 
 
+def perceptual(
+    name: str, device: torch.device | str = "cpu"
+) -> Callable[[Tensor, Tensor, int], float]:
+    """LPIPS or DISTS as a function (sr, hr, shave) like `psnr`; 0 for equal pictures.
+
+    Both compare features of VGG16 (RGB, float32). The figures of LPIPS are those of its VGG
+    variant: of AlexNet's they are another quantity. DISTS reduces pictures of more than 256 pixels
+    a side, as published.
+
+    Args:
+        name: "lpips" or "dists".
+        device: where the network runs.
+
+    Raises:
+        InputError: an unknown name, no piq, or weights that are missing or damaged: nothing is
+            ever downloaded. The function: as `psnr`, or less than 32 pixels a side to measure.
+
+    Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
+    CVPR 2018; Ding et al., "Image Quality Assessment: Unifying Structure and Texture Similarity",
+    IEEE TPAMI 44 (5), 2022. Computed by piq.
+    """
+    if name not in PERCEPTUAL:
+        raise InputError(f"perceptual metric {name!r} is none of {', '.join(PERCEPTUAL)}")
+    kind, url = PERCEPTUAL[name]
+    try:
+        piq = importlib.import_module("piq")
+    except Exception as error:  # a torchvision made for another torch raises RuntimeError
+        raise InputError(
+            f"{name} (--perceptual) needs piq and a torchvision made for this torch ({error}); "
+            "install them with pip install 'gaussiansr[perceptual]'"
+        ) from None
+    # piq would download what is missing.
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    for weights in (url, VGG16):
+        path = folder / weights.rpartition("/")[2]
+        if not path.is_file():
+            raise InputError(
+                f"{name} (--perceptual) needs the weights {path}, which are not there; "
+                f"put there what {weights} gives"
+            )
+    try:
+        with _tensors_only(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of how piq calls torchvision
+            network = getattr(piq, kind)()
+    except Exception as error:  # its type depends on what is wrong with the file
+        raise InputError(
+            f"{name} (--perceptual): its weights in {folder} cannot be loaded "
+            f"({type(error).__name__}: {error}); download them again"
+        ) from None
+
+    def measure(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
+        sr, hr = _checked(sr, hr, shave, least=VGG16_LEAST)
+        if sr.shape[-3] != 3:
+            raise InputError(f"{name} compares RGB pictures, not those of {sr.shape[-3]} channel")
+        with torch.inference_mode():
+            pair = (x.reshape(-1, *x.shape[-3:]).to(device, torch.float32) for x in (sr, hr))
+            return float(network(*pair))
+
+    return measure
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Have torch.load refuse everything but tensors: piq would execute what is in its files."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[key]
+        if before is not None:
+            os.environ[key] = before
+
+
 @dataclass(frozen=True)
 class Protocol:
     """A published way to measure: which PSNR, and how many pixels are shaved at a scale."""
@@ -135,14 +224,19 @@ def _checked(sr: Tensor, hr: Tensor, shave: int, least: int = 1) -> tuple[Tensor
         raise InputError("pictures to measure must be floating point in [0, 1]; divide by 255")
     if shave < 0:
         raise InputError(f"shave must be 0 or more, not {shave}")
+    check_size(sr.shape[-2:], shave, least)
     height, width = sr.shape[-2] - 2 * shave, sr.shape[-1] - 2 * shave
-    if min(height, width) < least:
-        raise InputError(
-            f"a picture of {sr.shape[-2]} x {sr.shape[-1]} pixels leaves less than {least} x "
-            f"{least} to measure after shaving {shave} on each side; take a larger one"
-        )
     window = (..., slice(shave, shave + height), slice(shave, shave + width))
     return sr[window].double(), hr[window].double()
+
+
+def check_size(size: Sequence[int], shave: int, least: int = SSIM_WINDOW) -> None:
+    """Raise InputError if shaving leaves less than `least` pixels a side of size (H, W)."""
+    if min(size) - 2 * shave < least:
+        raise InputError(
+            f"a picture of {size[0]} x {size[1]} pixels leaves less than {least} x "
+            f"{least} to measure after shaving {shave} on each side; take a larger one"
+        )
 
 
 def _weighted(picture: Tensor) -> Tensor:

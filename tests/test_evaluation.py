@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from gsr import evaluation
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.errors import InputError
-from gsr.evaluation import evaluate, main, open_set, read_pair, table
+from gsr.evaluation import Ranks, evaluate, main, open_set, read_pair, self_ensemble, table
 from gsr.image import read_image, to_tensor, write_image
 from gsr.metrics import psnr, psnr_y, ssim
 from gsr.models import GaussianSR
@@ -253,6 +254,182 @@ def test_progress_is_on_stderr_only(stub, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def noise(path, size, seed=0):
+    """A picture of (H, W) in which every pixel is something else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    write_image(path, generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("protocol, shaves", [("benchmark", [3, 12, 30]), ("div2k", [9, 18, 36])])
+def test_fractional_and_very_large_scales(tmp_path, protocol, shaves):
+    noise(tmp_path / "set/a.png", (97, 105))
+    report = evaluate(tiny_model(), tmp_path / "set", [2.5, 11.3, 30], protocol)
+    assert [row["scale"] for row in report["scales"]] == [2.5, 11.3, 30]
+    assert [row["shave"] for row in report["scales"]] == shaves
+    lr, hr = read_pair(open_set(tmp_path / "set", [30]).pictures[0], 30)
+    assert lr.shape[:2] == (3, 3) and hr.shape[:2] == (90, 90)
+    for row in report["scales"]:
+        for method in row["methods"].values():
+            assert 0 < method["psnr"] < 20 and -1 <= method["ssim"] <= 1
+
+
+def test_a_picture_that_is_too_small_for_one_scale_is_found_at_once(tmp_path, monkeypatch):
+    noise(tmp_path / "set/a.png", (97, 105))
+    noise(tmp_path / "set/b.png", (60, 80))  # x30: LR 2 x 2, HR 60 x 60, nothing is left
+    monkeypatch.setattr(evaluation, "read_pair", lambda *_: pytest.fail("read a picture first"))
+    with pytest.raises(InputError, match="b.png at x30: a picture of 60 x 60 .* shaving 30"):
+        evaluate(None, tmp_path / "set", [2, 30])
+    (tmp_path / "set/a.png").unlink()
+    with pytest.raises(InputError, match="b.png has 80 x 60 pixels, too few for scale 70"):
+        evaluate(None, tmp_path / "set", [2, 70])
+
+
+@pytest.mark.parametrize(
+    "size, protocol, least, fits",
+    [
+        ((15, 40), "benchmark", 11, False),  # 14 - 2 * 2
+        ((40, 16), "benchmark", 11, True),
+        ((40, 16), "benchmark", 16, False),
+        ((40, 16), "div2k", 11, False),
+        ((28, 40), "div2k", 11, True),  # 28 - 2 * 8
+    ],
+)
+def test_how_small_a_picture_may_be(tmp_path, size, protocol, least, fits):
+    noise(tmp_path / "set/a.png", size)
+    data = open_set(tmp_path / "set", [2])
+    if fits:
+        evaluation.check_sizes(data, [2], protocol, least)
+        return
+    with pytest.raises(InputError, match=f"{least} x {least}"):
+        evaluation.check_sizes(data, [2], protocol, least)
+
+
+def test_both_colours_are_reported():
+    lr = read_image(DATA / "LR_bicubic/X2/spicesx2.png").astype(np.float32) / 255
+    sr = torch.from_numpy(imresize(lr, size=(52, 66))).permute(2, 0, 1)[None].clamp(0, 1)
+    hr = to_tensor(read_image(DATA / "HR/spices.png")[:52, :66])
+    for protocol, shave, own in (("benchmark", 2, "psnr_y"), ("div2k", 8, "psnr_rgb")):
+        bicubic = evaluate(None, DATA, [2], protocol)["scales"][0]["methods"]["bicubic"]
+        spices = bicubic["images"]["spices"]
+        assert spices["psnr_rgb"] == pytest.approx(psnr(sr, hr, shave), abs=1e-6)
+        assert spices["psnr_y"] == pytest.approx(psnr_y(sr, hr, shave), abs=1e-6)
+        assert bicubic["psnr"] == bicubic[own] and bicubic["psnr_rgb"] != bicubic["psnr_y"]
+
+
+def test_extra_metrics_get_the_same_pictures():
+    seen = []
+
+    def brightness(sr, hr, shave):
+        seen.append((tuple(sr.shape), tuple(hr.shape), shave))
+        return float(sr.mean())
+
+    report = evaluate(None, DATA, [2], limit=2, extra={"brightness": brightness})
+    bicubic = report["scales"][0]["methods"]["bicubic"]
+    assert seen == [((1, 3, 52, 66), (1, 3, 52, 66), 2)] * 2
+    each = [image["brightness"] for image in bicubic["images"].values()]
+    assert bicubic["brightness"] == pytest.approx(sum(each) / 2)
+
+
+# ---- self-ensemble ------------------------------------------------------------------------------
+
+
+def nearest(lr, size):
+    return torch.nn.functional.interpolate(lr, size, mode="nearest")
+
+
+def test_ensemble_of_an_equivariant_model_is_the_model():
+    lr, seen = torch.rand(1, 3, 5, 7), []
+
+    def enlarge(x, size, scale):
+        seen.append((tuple(x.shape[-2:]), size, scale))
+        return nearest(x, size)
+
+    assert torch.equal(self_ensemble(enlarge, lr, (10, 21), (2, 3)), nearest(lr, (10, 21)))
+    assert seen == [((5, 7), (10, 21), (2, 3))] * 4 + [((7, 5), (21, 10), (3, 2))] * 4
+    assert self_ensemble(enlarge, lr, (15, 21), 3).dtype == torch.float32 and seen[-1][2] == 3
+
+
+def test_ensemble_is_the_mean_over_the_dihedral_group():
+    """Against NumPy's turns by quarters, of a model that looks at where a pixel is."""
+    lr = torch.rand(1, 3, 4, 6, dtype=torch.float64)
+
+    def enlarge(x, size, scale=None):
+        y, x_ = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
+        return nearest(x, size) * (1 + y**2 + 0.1 * x_ * y)
+
+    results = []
+    for quarters in range(4):
+        for mirrored in (False, True):
+            turned = np.rot90(lr.numpy(), quarters, (2, 3))
+            turned = turned[..., ::-1] if mirrored else turned
+            size = (8, 18) if quarters % 2 == 0 else (18, 8)
+            out = enlarge(torch.from_numpy(turned.copy()), size).numpy()
+            out = out[..., ::-1] if mirrored else out
+            results.append(np.rot90(out, -quarters, (2, 3)))
+    assert results[0].shape == results[1].shape == (1, 3, 8, 18)
+    assert len({r.tobytes() for r in results}) == 8  # all of them different
+    ours = self_ensemble(enlarge, lr, (8, 18), (2, 3))
+    assert np.allclose(ours.numpy(), np.mean(results, 0), rtol=1e-12)
+
+
+def test_ensemble_is_measured_beside_the_model(stub):
+    runs = []
+
+    def enlarge(lr, size):
+        runs.append(size)
+        ramp = torch.arange(size[0])[:, None] / size[0]
+        return nearest(lr, size) * (1 - 0.2 * ramp)
+
+    report = evaluate(stub(enlarge), DATA, [2], limit=1, ensemble=True)
+    methods = report["scales"][0]["methods"]
+    assert list(methods) == ["bicubic", "model", "model+"]
+    assert runs == [(52, 66)] * 5 + [(66, 52)] * 4
+    lr = to_tensor(read_image(DATA / "LR_bicubic/X2/otterx2.png"))
+    hr = to_tensor(read_image(DATA / "HR/otter.png")[:52, :66])
+    # Two of the 8 have the ramp from each side.
+    ramp = (torch.arange(52)[:, None] / 52 + torch.arange(52).flip(0)[:, None] / 52) / 4
+    ramp = ramp + (torch.arange(66) / 66 + torch.arange(66).flip(0) / 66) / 4
+    expected = psnr_y((nearest(lr, (52, 66)) * (1 - 0.2 * ramp)).clamp(0, 1), hr, 2)
+    assert methods["model+"]["psnr"] == pytest.approx(expected, abs=1e-4)
+    assert methods["model"]["psnr"] != pytest.approx(expected, abs=1e-2)
+
+
+# ---- several models -----------------------------------------------------------------------------
+
+
+def test_several_models_side_by_side(monkeypatch, tmp_path):
+    def run(model, lr, size, scale=None, **_):
+        return torch.full((1, 3, *size), model)
+
+    monkeypatch.setattr(evaluation, "run", run)
+    models = {"dark": 0.2, "runs/light": 0.8}
+    report = evaluate(models, DATA, [2, 3], save=tmp_path)
+    for row in report["scales"]:
+        assert list(row["methods"]) == ["bicubic", "dark", "runs/light"]
+        alone = evaluate(0.8, DATA, [row["scale"]])["scales"][0]["methods"]
+        assert without_seconds(row["methods"]["runs/light"]) == without_seconds(alone["model"])
+        assert without_seconds(row["methods"]["bicubic"]) == without_seconds(alone["bicubic"])
+    assert (read_image(tmp_path / "runs/light/eval/x3/otter.png") == 204).all()
+    assert (read_image(tmp_path / "dark/eval/x2/spices.png") == 51).all()
+    for labels in (["bicubic"], ["a", "a+"]):
+        with pytest.raises(InputError, match="two methods are called"):
+            evaluate(dict.fromkeys(labels, 0.5), DATA, [2], ensemble=True)
+
+
+def test_labels_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    label = evaluation._checkpoints
+    assert label(None) == {"model": None} and label(["runs/a"]) == {"model": "runs/a"}
+    assert label(["bundled"]) == {"model": None}
+    assert label(["bundled", "runs/a"]) == {"bundled": None, "a": "runs/a"}
+    assert label(["r/a/best", "r/b/best"]) == {"a/best": "r/a/best", "b/best": "r/b/best"}
+    with pytest.raises(InputError, match="names r/a twice"):
+        label(["r/a", "./r/a"])
+    (tmp_path / "bundled").mkdir()
+    assert label(["bundled"]) == {"model": "bundled"}
+
+
 # ---- command line, with a real model ------------------------------------------------------------
 
 
@@ -401,19 +578,180 @@ def test_main_refuses(checkpoint, tmp_path, monkeypatch, tmp_path_factory):
     assert stop.value.code == 2
 
 
-def test_script(checkpoint, tmp_path):
-    def script(*more):
-        return subprocess.run(
-            [sys.executable, ROOT / "evaluate.py", *arguments(checkpoint, *more)],
-            capture_output=True, text=True, cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+def script(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *arguments],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
-    good = script("--scale", "2", "--limit", "1")
+
+def test_script(checkpoint, tmp_path):
+    good = script(tmp_path, *arguments(checkpoint, "--scale", "2", "--limit", "1"))
     assert good.returncode == 0, good.stderr
     assert good.stdout.startswith("eval (1 picture), PSNR Y / SSIM")
-    bad = script("--scale", "0")
+    bad = script(tmp_path, *arguments(checkpoint, "--scale", "0"))
     assert bad.returncode == 2 and "Traceback" not in bad.stderr and "from 1 to 1000" in bad.stderr
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def test_every_picture_belongs_to_one_process():
+    for count in (1, 2, 3, 8):
+        shares = [Ranks(rank, count).share(NAMES) for rank in range(count)]
+        assert sorted(sum(shares, [])) == NAMES
+
+
+def test_nothing_depends_on_who_measured_what():
+    """The means of parts in another order, and of numbers whose sum depends on its order."""
+    parts = [
+        {"images": {"c": {"psnr": 0.1}, "a": {"psnr": 1e16}}, "seconds": 1.0},
+        {"images": {"b": {"psnr": -1e16}}, "seconds": 2.0},
+        {"images": {}, "seconds": 0.0},
+    ]
+    merged = evaluation._together(parts, ["a", "b", "c"])
+    assert merged == evaluation._together(parts[::-1], ["a", "b", "c"])
+    assert list(merged["images"]) == ["a", "b", "c"]
+    assert merged["psnr"] == 0.1 / 3 and merged["seconds"] == 3
+
+
+def processes(count, folder, *arguments):
+    """What `evaluate.py` does as so many processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "evaluate.py", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "RANK": str(rank),
+            },
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        return [(*process.communicate(timeout=120), process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_two_processes_give_the_report_of_one(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = arguments(checkpoint, "--scale", "2", "3.7", "--threads", "1", "--ensemble")
+    threads = torch.get_num_threads()
+    try:
+        main([*options, "--output", "one.json", "--csv", "one.csv"])
+    finally:
+        torch.set_num_threads(threads)
+    alone = capsys.readouterr().out
+    done = processes(
+        2, tmp_path, *options, "--output", "two.json", "--csv", "two.csv", "--save", "pictures"
+    )
+    assert [code for *_, code in done] == [0, 0], done
+    assert done[0][0] == alone.replace("one.", "two.") and done[1][0] == ""
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert without_seconds(one) == without_seconds(two)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2 * 2 * len(NAMES)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_tells_the_others(checkpoint, tmp_path):
+    shutil.copytree(DATA, tmp_path / "copy")
+    (tmp_path / "copy/HR/skyline.png").write_bytes(b"no picture")  # the second process's
+    done = processes(2, tmp_path, *arguments(checkpoint, "--data", "copy", "--scale", "2"))
+    for _, stderr, code in done:
+        assert code == 2 and "skyline.png" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_world_size_without_torchrun(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 2.*torchrun"):
+        main(arguments(checkpoint))
+
+
+# ---- tables and figure from the command line ----------------------------------------------------
+
+
+def test_main_with_everything(checkpoint, tmp_path, capsys, monkeypatch):
+    fake = {"lpips": lambda sr, hr, shave: 0.25}
+    monkeypatch.setattr(evaluation, "perceptual", lambda name, device: fake[name])
+    shutil.copytree(checkpoint, tmp_path / "other")
+    files = {o: tmp_path / f"new/report.{o}" for o in ("output", "csv", "markdown")}
+    files["figure"] = tmp_path / "new/figure.png"
+    main([
+        "--checkpoint", str(checkpoint), str(tmp_path / "other"), "--data", str(DATA),
+        "--device", "cpu", "--scale", "2", "3", "--perceptual", "lpips",
+        "--picture", "eval/spices", "--box", "10,4,16,20", "--figure-scale", "2",
+        *(text for option, path in files.items() for text in (f"--{option}", str(path))),
+    ])  # fmt: skip
+    report = json.loads(files["output"].read_text())
+    assert "model" not in report and list(report["models"]) == ["tiny", "other"]
+    assert report["models"]["tiny"]["sha256"] == report["models"]["other"]["sha256"]
+    assert "VGG16" in report["protocol"]["perceptual"]["lpips"]
+    methods = report["sets"][0]["scales"][1]["methods"]
+    assert list(methods) == ["bicubic", "tiny", "other"] and methods["tiny"]["lpips"] == 0.25
+    assert files["csv"].read_text().count("\n") == 1 + 2 * 3 * len(NAMES)
+    assert "| **other** | measured |" in files["markdown"].read_text()
+    assert read_image(files["figure"]).shape[0] > 100
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("eval (3 pictures), PSNR Y / SSIM / LPIPS")
+    assert lines[1].endswith(" / 0.2500")
+    assert lines[-4:] == [
+        f"{'report' if option == 'output' else option}: {path}" for option, path in files.items()
+    ]
+
+
+def test_the_crop_is_measured_by_itself(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        evaluation.reports, "figure", lambda *args: drawn.update(zip("hmbnt", args, strict=True))
+    )
+    monkeypatch.setattr(evaluation, "run", lambda model, lr, size, **_: nearest(lr, size) * model)
+    spices = open_set(DATA, [2]).pictures[2]
+    evaluation.crops({"dim": 0.9}, spices, 2, "div2k", (10, 4, 16, 20))
+    lr, hr = (to_tensor(array) for array in read_pair(spices, 2))
+    box = (..., slice(4, 24), slice(10, 26))
+    expected = psnr((nearest(lr, (52, 66)) * 0.9)[box], hr[box])
+    assert drawn["n"]["dim"] == f"{expected:.2f} dB" and drawn["b"] == (10, 4, 16, 20)
+    assert list(drawn["m"]) == ["bicubic", "dim"] and drawn["h"].shape == (52, 66, 3)
+    assert drawn["t"] == "spices, x2; PSNR RGB of the crop"
+    evaluation.crops({"dim": 0.9}, spices, 2, "benchmark")
+    x, y, w, h = drawn["b"]
+    assert min(x, y) >= 2 and x + w <= 64 and y + h <= 50  # within what is measured
+
+
+def test_options_of_the_figure_are_checked_before_the_work(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights for perceptual metrics
+    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    for more, part in [
+        (["--box", "1,2,3,4"], "--box is for --figure"),
+        (["--picture", "otter"], "--picture is for --figure"),
+        (["--figure-scale", "2"], "--figure-scale is for --figure"),
+        (["--figure", "a.gif"], "suffix '.gif'"),
+        (["--figure", "a.png", "--box", "1,2,3,4"], "name that by --picture"),
+        (["--figure", "a.png", "--figure-scale", "5"], "none of the scales measured (2, 3, 4)"),
+        (["--figure", "a.png", "--picture", "cat"], "such as eval/otter"),
+        (["--figure", "a.png", "--picture", "otter", "--box", "60,0,9,9"], "not within"),
+        (["--figure", "a.png", "--picture", "otter", "--box", "0,0,0,9"], "not within"),
+        (["--csv", "a", "--markdown", "./a"], "--markdown and --csv both name a"),
+        (["--csv", "."], "--csv . is a folder; name the CSV file"),
+        (["--perceptual", "lpips"], "lpips (--perceptual) needs"),
+    ]:
+        with pytest.raises(InputError) as error:
+            main(arguments(checkpoint, *more))
+        assert part in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(checkpoint, "--figure", "a.png", "--box", "1,2,3"))
+    assert stop.value.code == 2
 
 
 # ---- the benchmark sets, where they are at hand -------------------------------------------------

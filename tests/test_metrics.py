@@ -1,13 +1,16 @@
 """Metrics against values worked out by hand and by scikit-image."""
 
 import math
+import os
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from gsr.errors import InputError
-from gsr.metrics import PROTOCOLS, benchmark, div2k, luma, psnr, psnr_y, ssim
+from gsr.metrics import PROTOCOLS, benchmark, div2k, luma, perceptual, psnr, psnr_y, ssim
 
 
 def pictures(channels=3, size=(20, 24)):
@@ -105,3 +108,86 @@ def test_refuses_bytes_and_small_pictures():
         psnr(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8))
     with pytest.raises(InputError, match="11 x 11"):
         ssim(torch.rand(3, 14, 20), torch.rand(3, 14, 20), 2)
+
+
+# ---- perceptual, with a stand-in for piq --------------------------------------------------------
+
+
+@pytest.fixture
+def piq(monkeypatch, tmp_path):
+    """A package piq of two networks that see what they are given, and files for their weights."""
+    seen = []
+
+    def network(factor):
+        def distance(sr, hr):
+            seen.append((sr, hr))
+            return factor * (sr - hr).abs().mean()
+
+        return lambda: distance
+
+    module = types.SimpleNamespace(LPIPS=network(1), DISTS=network(2), seen=seen)
+    monkeypatch.setitem(sys.modules, "piq", module)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    module.weights = tmp_path / "hub/checkpoints"
+    module.weights.mkdir(parents=True)
+    for name in ("lpips_weights.pt", "dists_weights.pt", "vgg16-397923af.pth"):
+        (module.weights / name).touch()
+    return module
+
+
+@pytest.mark.parametrize("name, factor", [("lpips", 1), ("dists", 2)])
+def test_perceptual_gives_shaved_rgb_to_the_network(piq, name, factor):
+    sr, hr = pictures(size=(40, 44))
+    measured = perceptual(name)(sr, hr, 3)
+    (x, y), inside = piq.seen[0], (..., slice(3, -3), slice(3, -3))
+    assert torch.equal(x, sr[inside]) and torch.equal(y, hr[inside])
+    assert x.shape == (1, 3, 34, 38) and x.dtype == torch.float32
+    expected = factor * (sr[inside] - hr[inside]).abs().mean().item()
+    assert measured == pytest.approx(expected, rel=1e-6) and isinstance(measured, float)
+    assert perceptual(name)(sr[0], hr[0], 3) == measured
+    with pytest.raises(InputError, match="32 x 32"):
+        perceptual(name)(sr, hr, 5)
+    with pytest.raises(InputError, match="1 channel"):
+        perceptual(name)(sr[:, :1], hr[:, :1], 0)
+
+
+def test_perceptual_weights_are_only_tensors(piq, monkeypatch):
+    """What is in a file of weights is never executed, though piq reads it by pickle."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    path = piq.weights / "lpips_weights.pt"
+
+    class Harmful:
+        def __reduce__(self):
+            return (path.with_name("executed").touch, ())
+
+    piq.LPIPS = lambda: torch.load(path, weights_only=False)
+    torch.save(Harmful(), path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        perceptual("lpips")
+    assert not path.with_name("executed").exists()
+    piq.LPIPS()
+    assert path.with_name("executed").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_perceptual_without_its_package_or_weights(piq, monkeypatch):
+    piq.LPIPS = piq.DISTS = lambda: pytest.fail("would download")
+    own = {"lpips": "lpips_weights.pt", "dists": "dists_weights.pt"}
+    for name, file in [*own.items(), *((name, "vgg16-397923af.pth") for name in own)]:
+        (piq.weights / file).unlink()
+        with pytest.raises(InputError, match="not there") as error:
+            perceptual(name)
+        assert str(piq.weights / file) in str(error.value) and "https://" in str(error.value)
+        (piq.weights / file).touch()
+
+    def damaged():
+        raise EOFError("Ran out of input")
+
+    piq.DISTS = damaged
+    with pytest.raises(InputError, match="cannot be loaded .EOFError: Ran out"):
+        perceptual("dists")
+    with pytest.raises(InputError, match="'ssim' is none of lpips, dists"):
+        perceptual("ssim")
+    monkeypatch.setitem(sys.modules, "piq", None)
+    with pytest.raises(InputError, match="pip install 'gaussiansr.perceptual.'"):
+        perceptual("lpips")
