@@ -1,4 +1,4 @@
-"""The command `gsr`: `gsr upscale`, and `gsr train` and `gsr evaluate` like the scripts.
+"""The command `gsr`: `upscale`, `data`, `inspect`, `compare`, and `train`, `evaluate` as scripts.
 
 Wrong input ends with one sentence on stderr and exit code 2, an interruption with 130.
 """
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def dispatch(argv: Sequence[str] | None = None) -> None:
     """`main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # These two parse their own arguments, so that `gsr train` and `python train.py` are the same.
+    # These parse their own arguments, so that `gsr train` and `python train.py` are the same.
     if argv[:1] == ["train"]:
         from gsr.training import main as train
 
@@ -62,6 +62,18 @@ def dispatch(argv: Sequence[str] | None = None) -> None:
         from gsr.evaluation import main as evaluate
 
         return evaluate(argv[1:])
+    if argv[:1] == ["data"]:
+        from gsr.datasets import main as data
+
+        return data(argv[1:])
+    if argv[:1] == ["inspect"]:
+        from gsr.inspection import main as inspect
+
+        return inspect(argv[1:])
+    if argv[:1] == ["compare"]:
+        from gsr.compare import main as compare
+
+        return compare(argv[1:])
     args = _parser().parse_args(argv)
     return _upscale(args)
 
@@ -131,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     commands.add_parser("train", help="train a model (gsr train --help)", add_help=False)
     commands.add_parser("evaluate", help="measure a model (gsr evaluate --help)", add_help=False)
+    commands.add_parser("data", help="get pictures (gsr data --help)", add_help=False)
+    commands.add_parser("inspect", help="draw a model's Gaussians", add_help=False)
+    commands.add_parser("compare", help="train and measure several configs", add_help=False)
     return parser
 
 
