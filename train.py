@@ -1,5 +1,6 @@
 """Train a model: `python train.py --config configs/NAME.yaml [--resume] [section.key=value ...]`.
 
+On N GPUs: `torchrun --nproc_per_node N train.py --config ...`, the batch shared among them.
 The steps are in `gsr.training.Trainer`: `fit` is the loop, `_train_step` one optimiser step.
 """
 

@@ -23,6 +23,7 @@ from gsr.paths import usable
 
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?|mps|xpu"
 MAX_THREADS = 1024
+BYTES = r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B"  # an amount of memory
 
 # Fields are declared as `name: type = default  # meaning, unit, range`.
 
@@ -31,10 +32,16 @@ MAX_THREADS = 1024
 class EncoderConfig:
     """Feature extractor at LR: [B, 3, h, w] in [0, 1] to [B, n_feats, h, w]."""
 
-    name: Literal["edsr"] = "edsr"
-    n_feats: int = 64  # channels; EDSR-baseline 64, EDSR 256
-    n_blocks: int = 16  # residual blocks; EDSR-baseline 16, EDSR 32
-    res_scale: float = 1.0  # factor on each residual branch; EDSR 0.1
+    name: Literal["edsr", "rdn", "swinir"] = "edsr"
+    n_feats: int = 64  # channels; EDSR-baseline, RDN and SwinIR 64, EDSR 256
+    n_blocks: int = 16  # residual blocks, edsr and rdn; EDSR-baseline and RDN 16, EDSR 32
+    res_scale: float = 1.0  # edsr: factor on each residual branch; EDSR 0.1
+    layers: int = 8  # rdn: convolutions of a block, each of which sees all before it
+    growth: int = 64  # rdn: channels that each of them adds
+    dim: int = 180  # swinir: channels inside
+    depths: list[int] = field(default_factory=lambda: [6] * 6)  # swinir: blocks of each group
+    heads: int = 6  # swinir: of the attention; a divisor of dim
+    window: int = 8  # swinir: side of a window of attention, LR pixels, even
 
 
 @dataclass
@@ -61,19 +68,37 @@ class BankConfig:
 
 @dataclass
 class DecoderConfig:
-    """Fourier decoder at HR of `official` and `field`."""
+    """Fourier decoder at HR of `official`, `field` and `bicubic`."""
 
     hidden_dim: int = 256  # channels of coef and freq; even
     hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256, 256])  # MLP widths
 
 
 @dataclass
+class LIIFConfig:
+    """Head of `liif`."""
+
+    hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256, 256])  # MLP widths
+
+
+@dataclass
+class LTEConfig:
+    """Head of `lte`."""
+
+    hidden_dim: int = 256  # channels of coef and freq; even
+    hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256])  # MLP widths
+    scale_max: float = 4.0  # largest scale of the training; above, the phase is that of this one
+
+
+@dataclass
 class ModelConfig:
-    mode: Literal["direct", "field", "official"] = "direct"
+    mode: Literal["direct", "field", "official", "bicubic", "liif", "lte"] = "direct"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     direct: DirectConfig = field(default_factory=DirectConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    liif: LIIFConfig = field(default_factory=LIIFConfig)
+    lte: LTEConfig = field(default_factory=LTEConfig)
 
 
 @dataclass
@@ -85,10 +110,13 @@ class DataConfig:
     scale_min: float = 1.0
     scale_max: float = 4.0  # one scale per batch, uniform in [scale_min, scale_max]
     queries: int = 2304  # HR pixels sampled per patch, without replacement
-    batch: int = 16
+    batch: int = 16  # patches of an optimiser step, over all processes and micro-batches
     repeat: int = 20  # times each picture is visited per epoch
-    workers: int = 2  # loader processes; 0 loads in the training process
-    cache: bool = True  # keep decoded pictures in memory
+    workers: int = 2  # loader processes of each training process; 0 loads in that one itself
+    # Where decoded pictures are kept; true and false, as in older files, are memory and none.
+    cache: Literal["memory", "mmap", "none", True, False] = "memory"
+    cache_budget: str | None = None  # such as 4GB; what is beyond is decoded every time
+    cache_dir: str | None = None  # of mmap; None: .gsr-cache in the folder of train
 
 
 @dataclass
@@ -101,6 +129,8 @@ class TrainConfig:
     gamma: float = 0.5
     warmup: int = 0  # steps of linear warm-up
     clip: float | None = None  # largest gradient norm
+    accumulate: int = 1  # micro-batches of a step, one after the other: less memory, same result
+    ema: float | None = None  # decay of a running mean of the weights, such as 0.999; None: off
     precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; the splat is always fp32
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -108,6 +138,7 @@ class TrainConfig:
     log_every: int = 50  # steps
     val_every: int = 1000  # steps
     save_every: int = 1000  # steps
+    keep: int = 0  # states from before the newest that stay, as state-STEP.pt
 
 
 @dataclass
@@ -156,11 +187,39 @@ def _above_zero(*keys: str) -> list[tuple]:
 # without end built.
 WIDEST = 4096
 
+
+def _even(key: str, low: int, high: int) -> tuple:
+    return (
+        (key,),
+        lambda c: low <= getattr(c, key) <= high and getattr(c, key) % 2 == 0,
+        f"even and from {low} to {high}",
+    )
+
+
+def _list(key: str, longest: int, what: str, high: int) -> tuple:
+    return (
+        (key,),
+        lambda c: (
+            0 < len(getattr(c, key)) <= longest and all(0 < n <= high for n in getattr(c, key))
+        ),
+        f"1 to {longest} {what}, each from 1 to {high}",
+    )
+
+
 CHECKS: dict[type, list[tuple]] = {
     EncoderConfig: [
         *_between(1, WIDEST, "n_feats"),
         *_between(1, 1024, "n_blocks"),
         *_above_zero("res_scale"),
+        *_between(1, 32, "layers"),
+        *_between(1, WIDEST, "growth", "dim"),
+        _list("depths", 32, "groups", 32),
+        (
+            ("heads", "dim"),
+            lambda c: 0 < c.heads and c.dim % c.heads == 0,
+            "a divisor of dim, such as 1",
+        ),
+        _even("window", 2, 64),
     ],
     DirectConfig: [
         *_between(1, 256, "gaussians"),
@@ -182,21 +241,19 @@ CHECKS: dict[type, list[tuple]] = {
         *_between(2, 99, "kernel_size"),
     ],
     DecoderConfig: [
-        (
-            ("hidden_dim",),
-            lambda c: 2 <= c.hidden_dim <= WIDEST and c.hidden_dim % 2 == 0,
-            f"even and from 2 to {WIDEST}",
-        ),
-        (
-            ("hidden_list",),
-            lambda c: 0 < len(c.hidden_list) <= 64 and all(0 < n <= WIDEST for n in c.hidden_list),
-            f"1 to 64 widths, each from 1 to {WIDEST}",
-        ),
+        _even("hidden_dim", 2, WIDEST),
+        _list("hidden_list", 64, "widths", WIDEST),
+    ],
+    LIIFConfig: [_list("hidden_list", 64, "widths", WIDEST)],
+    LTEConfig: [
+        _even("hidden_dim", 2, WIDEST),
+        _list("hidden_list", 64, "widths", WIDEST),
+        *_above_zero("scale_max"),
     ],
     ModelConfig: [
         (
             ("bank.channels", "encoder.n_feats", "mode"),
-            lambda c: c.mode == "direct" or c.bank.channels < c.encoder.n_feats,
+            lambda c: c.mode not in ("field", "official") or c.bank.channels < c.encoder.n_feats,
             "below encoder.n_feats",
         ),
     ],
@@ -205,6 +262,11 @@ CHECKS: dict[type, list[tuple]] = {
         *_at_least(8, "patch"),
         *_at_least(0, "workers"),
         *_at_least(1, "val_count"),
+        (
+            ("cache_budget",),
+            lambda c: c.cache_budget is None or re.fullmatch(BYTES, c.cache_budget),
+            "an amount such as 500MB, 4GB or 2GiB",
+        ),
         (("scale_max", "scale_min"), lambda c: c.scale_max >= c.scale_min, "at least scale_min"),
         (
             ("queries", "patch", "scale_min"),
@@ -215,10 +277,11 @@ CHECKS: dict[type, list[tuple]] = {
     TrainConfig: [
         *_at_least(1, "steps", "epochs", "step_epochs"),
         *_between(1, MAX_THREADS, "threads"),
-        *_at_least(1, "log_every", "val_every", "save_every"),
-        *_at_least(0, "warmup"),
+        *_at_least(1, "log_every", "val_every", "save_every", "accumulate"),
+        *_at_least(0, "warmup", "keep"),
         *_above_zero("lr", "clip"),
         (("gamma",), lambda c: 0 < c.gamma <= 1, "above 0 and at most 1"),
+        (("ema",), lambda c: c.ema is None or 0 < c.ema < 1, "above 0 and below 1"),
         (("seed",), lambda c: 0 <= c.seed < 2**32, "in 0 .. 2^32 - 1"),
         (
             ("device",),
@@ -385,8 +448,8 @@ def _convert(kind: Any, value: Any, key: str, errors: list[str], known: list[str
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
         origin, args, or_null = get_origin(kind), get_args(kind), " or null"
-    if origin is Literal and value in args and not isinstance(value, bool):
-        return value
+    if origin is Literal and any(type(a) is type(value) and a == value for a in args):
+        return value  # a YAML true is no 1
     if origin is list and isinstance(value, list):
         return [
             _convert(args[0], item, f"{key}[{i}]", errors, known) for i, item in enumerate(value)
@@ -416,7 +479,7 @@ def _convert(kind: Any, value: Any, key: str, errors: list[str], known: list[str
 def _expected(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args)
+        return "one of " + ", ".join(str(a).lower() if a in (True, False) else str(a) for a in args)
     if origin is list:
         return {int: "a list of whole numbers", str: "a list of texts"}.get(args[0], "a list")
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]

@@ -1,11 +1,19 @@
 """Training data: a folder of HR pictures becomes batches of LR patches and sampled HR pixels.
 
 Every random choice is a function of (seed, step, place in the batch), made by the batch sampler and
-not by counting calls in a worker: any step can be reproduced, and a run resumed, from its number.
+not by counting calls in a worker: any step can be reproduced, and a run resumed, from its number. A
+batch may be cut into micro-batches, and those shared among processes: its patches stay the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +23,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gsr.config import DataConfig
+from gsr import distributed
+from gsr.config import BYTES, DataConfig
 from gsr.errors import InputError
-from gsr.image import list_images, read_image
+from gsr.image import TEMPORARY, list_images, read_image, write_atomic
+from gsr.paths import make_folder
+
+CACHE_DIR = ".gsr-cache"  # in the folder of the pictures, where `list_images` does not look
 
 
 class Batch(NamedTuple):
@@ -26,6 +38,7 @@ class Batch(NamedTuple):
     target: Tensor  # [B, Q, 3] float in [0, 1]
     size: tuple[int, int]  # HR size of the patches
     scale: float
+    seeds: Sequence[int] | None = None  # of the model's noise, one a patch, below 2^63
 
 
 class Draw(NamedTuple):
@@ -76,44 +89,145 @@ def downscale(hr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(hr).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
+def to_bytes(amount: str | None) -> float:
+    """Bytes in "4GB", "500 MB" or "2GiB", as `gsr.config.BYTES` allows; infinity for None."""
+    if amount is None:
+        return math.inf
+    number, unit, binary = re.fullmatch(BYTES, amount).groups()
+    return float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+
+
+def decoded_bytes(path: Path) -> int:
+    """Bytes of a picture as uint8 RGB, from its header; 0 for one that `read_image` refuses."""
+    try:
+        with Image.open(path) as image:
+            return 3 * image.width * image.height
+    except Exception:  # damaged files raise almost anything, and `read_image` says it better
+        return 0
+
+
+def fitting(paths: list[Path], budget: float) -> int:
+    """How many pictures, from the first on, fit decoded into so many bytes."""
+    if budget == math.inf:
+        return len(paths)
+    total = np.cumsum([decoded_bytes(path) for path in paths])
+    return int(np.searchsorted(total, budget, side="right"))
+
+
+class MappedPictures:
+    """Decoded pictures in a folder, one .npy file each, mapped into memory when they are read.
+
+    All processes of a machine share the one copy in the system's page cache, whose memory it takes
+    back when it must. A file carries its picture's path (as a hash), size and time of change in its
+    name: a picture that has changed has no file yet.
+
+    Args:
+        folder: made if need be.
+        paths: the pictures.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path, paths: list[Path]):
+        try:
+            self.folder = make_folder(folder)
+        except InputError as error:
+            raise InputError(f"data.cache_dir: {error}") from None
+        self.paths, self.files = paths, [folder / self._name(path) for path in paths]
+
+    @staticmethod
+    def _name(path: Path) -> str:
+        named = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
+        stat = path.stat()
+        return f"{named}-{stat.st_size}-{stat.st_mtime_ns}.npy"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Picture i: uint8 [H, W, 3], read-only. Its file is made where it is missing or damaged.
+
+        Mapped anew each time: a map that is kept would keep a file open, and systems allow few.
+        """
+        try:
+            return np.load(self.files[i], mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            picture, packed = read_image(self.paths[i]), io.BytesIO()
+            np.save(packed, picture)
+            write_atomic(self.files[i], packed.getbuffer())
+            return picture
+
+    def remove_outdated(self) -> None:
+        """Remove the files of what these pictures were before, and what killed runs left over."""
+        for file in self.folder.glob(f".*{TEMPORARY}"):
+            if time.time() - file.stat().st_mtime > 3600:  # no other run is still writing it
+                file.unlink(missing_ok=True)
+        current = {file.name for file in self.files}
+        named = {name.partition("-")[0] for name in current}
+        for file in self.folder.glob("*.npy"):
+            if file.name not in current and file.name.partition("-")[0] in named:
+                file.unlink(missing_ok=True)
+
+
 class PatchDataset(Dataset):
     """Patches of pictures, indexed by `Draw`.
 
-    Every picture is decoded once here, so that a bad one is found before the first step and not
-    hours into a training.
+    Every picture is decoded once here, or read from the cache, so that a bad one is found before
+    the first step and not hours into a training. Several processes of a machine share this work.
 
     Args:
         paths: HR pictures.
-        config: `patch`, `queries`, `scale_max` and `cache` are used.
+        config: `patch`, `queries`, `scale_max` and what concerns the cache are used.
 
     Raises:
-        InputError: a picture is unreadable, or smaller than the largest crop.
+        InputError: a picture is unreadable, or smaller than the largest crop, or the cache cannot
+            be written.
     """
 
     def __init__(self, paths: list[Path], config: DataConfig):
         self.paths, self.config = paths, config
-        largest = round(config.patch * config.scale_max)
-        self.pictures = {}
+        self.memory: dict[int, np.ndarray] = {}
+        self.mapped: MappedPictures | None = None
+        kind = {True: "memory", False: "none"}.get(config.cache, config.cache)
+        cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
+        if kind == "mmap":
+            folder = Path(config.cache_dir or Path(config.train) / CACHE_DIR)
+            self.mapped = MappedPictures(folder, paths[:cached])
+        place, places = distributed.place()
         for i, path in enumerate(paths):
-            picture = read_image(path)
-            height, width = picture.shape[:2]
-            if config.cache:
-                self.pictures[i] = picture
-            if min(height, width) < largest:
-                raise InputError(
-                    f"{path} is {width} x {height} pixels, smaller than the largest crop "
-                    f"{largest} (data.patch {config.patch} x data.scale_max {config.scale_max}): "
-                    "remove it or lower either"
-                )
+            if kind == "memory" and i < cached:  # each process has its own
+                self.memory[i] = read_image(path)
+            if i in self.memory or i % places == place:
+                self._check(path, self._picture(i))
+        distributed.agree()  # from here on all pictures are known to be good, and all files there
+        if self.mapped and place == 0:
+            self.mapped.remove_outdated()
+
+    def _check(self, path: Path, picture: np.ndarray) -> None:
+        c, (height, width) = self.config, picture.shape[:2]
+        largest = round(c.patch * c.scale_max)
+        if min(height, width) < largest:
+            raise InputError(
+                f"{path} is {width} x {height} pixels, smaller than the largest crop {largest} "
+                f"(data.patch {c.patch} x data.scale_max {c.scale_max}): remove it or lower either"
+            )
+
+    def _picture(self, i: int) -> np.ndarray:
+        """Picture i from where it is kept, else from its own file: uint8 [H, W, 3]."""
+        if i in self.memory:
+            return self.memory[i]
+        if self.mapped and i < len(self.mapped):
+            return self.mapped[i]
+        return read_image(self.paths[i])
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor, float]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor, float, int]:
+        """LR [3, p, p] uint8, HR indices [Q], HR pixels [Q, 3] uint8, scale, seed of the noise."""
         rng = np.random.default_rng(draw.key)
-        picture = self.pictures.get(draw.index)
-        if picture is None:
-            picture = read_image(self.paths[draw.index])
+        picture = self._picture(draw.index)
         p = self.config.patch
         side = round(p * draw.scale)
         y, x = (rng.integers(0, n - side + 1) for n in picture.shape[:2])
@@ -127,6 +241,7 @@ class PatchDataset(Dataset):
             torch.from_numpy(index),
             torch.from_numpy(hr.reshape(-1, 3)[index]),
             draw.scale,
+            int(rng.integers(2**63)),
         )
 
 
@@ -136,20 +251,51 @@ def _augment(a: np.ndarray, flip_y: bool, flip_x: bool, transpose: bool) -> np.n
     return np.ascontiguousarray(a.transpose(1, 0, 2) if transpose else a)
 
 
+def micro_batch(batch: int, processes: int, accumulate: int) -> int:
+    """Patches that a process takes at once, of a step's batch.
+
+    Raises:
+        InputError: the batch cannot be cut into equal parts.
+    """
+    size, rest = divmod(batch, processes * accumulate)
+    if rest or not size:
+        raise InputError(
+            f"data.batch {batch} cannot be cut into equal parts for {processes} processes with "
+            f"train.accumulate {accumulate}: make it a multiple of {processes * accumulate}"
+        )
+    return size
+
+
 class ScaleBatchSampler(Sampler):
     """Batches of `Draw`, one scale a batch, uniform in [scale_min, scale_max].
 
     An epoch visits every picture `repeat` times in an order drawn from (seed, epoch). Steps count
     from 0 over the whole run, so that starting at `first` continues it.
+
+    Args:
+        n: pictures.
+        config: `batch`, `repeat` and the scales are used.
+        seed, first, last: of the run; its steps from `first` until before `last`.
+        accumulate: micro-batches that a step's share is cut into; each is one item.
+        rank, ranks: this process, and how many share a batch, each a run of neighbours in it.
+
+    Raises:
+        InputError: as `micro_batch` and `steps_per_epoch`.
     """
 
-    def __init__(self, n: int, config: DataConfig, seed: int, first: int, last: int):
+    def __init__(
+        self, n: int, config: DataConfig, seed: int, first: int, last: int,
+        accumulate: int = 1, rank: int = 0, ranks: int = 1,
+    ):  # fmt: skip
         self.n, self.config, self.seed = n, config, seed
         self.first, self.last = first, last
         self.per_epoch = steps_per_epoch(n, config)
+        size = micro_batch(config.batch, ranks, accumulate)
+        start = rank * accumulate * size
+        self.parts = [range(start + i * size, start + (i + 1) * size) for i in range(accumulate)]
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return (self.last - self.first) * len(self.parts)
 
     def __iter__(self):
         c, order, ordered = self.config, None, None
@@ -161,10 +307,11 @@ class ScaleBatchSampler(Sampler):
             scale = float(
                 np.random.default_rng([self.seed, 1, step]).uniform(c.scale_min, c.scale_max)
             )
-            yield [
-                Draw(int(order[place * c.batch + j]) % self.n, scale, (self.seed, 2, step, j))
-                for j in range(c.batch)
-            ]
+            for part in self.parts:
+                yield [
+                    Draw(int(order[place * c.batch + j]) % self.n, scale, (self.seed, 2, step, j))
+                    for j in part
+                ]
 
 
 def steps_per_epoch(n: int, config: DataConfig) -> int:
@@ -183,21 +330,23 @@ def steps_per_epoch(n: int, config: DataConfig) -> int:
 
 
 def _collate(items) -> Batch:
-    lr, index, target, scale = zip(*items, strict=True)
+    lr, index, target, scale, seeds = zip(*items, strict=True)
     lr = torch.stack(lr).float() / 255
     side = round(lr.shape[-1] * scale[0])
     coord = pixel_coords(torch.stack(index), (side, side))
-    return Batch(lr, coord, torch.stack(target).float() / 255, (side, side), scale[0])
+    return Batch(lr, coord, torch.stack(target).float() / 255, (side, side), scale[0], seeds)
 
 
 def make_loader(
-    dataset: PatchDataset, seed: int, first: int, last: int, pin: bool = False
+    dataset: PatchDataset, seed: int, first: int, last: int, accumulate: int = 1, pin: bool = False
 ) -> DataLoader:
-    """Batches for steps `first` to `last` of a run."""
+    """This process's micro-batches, `accumulate` a step, for steps `first` to `last` of a run."""
+    ranks = distributed.rank(), distributed.count()
+    c = dataset.config
     return DataLoader(
         dataset,
-        batch_sampler=ScaleBatchSampler(len(dataset), dataset.config, seed, first, last),
-        num_workers=dataset.config.workers,
+        batch_sampler=ScaleBatchSampler(len(dataset), c, seed, first, last, accumulate, *ranks),
+        num_workers=c.workers,
         collate_fn=_collate,
         pin_memory=pin,
     )

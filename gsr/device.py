@@ -93,6 +93,12 @@ def at_once(pixels: int, like: torch.Tensor) -> int:
     return pixels if like.device.type == "cpu" else 16 * pixels
 
 
+def product_type(device: str) -> torch.dtype | None:
+    """bfloat16 within torch.autocast to that on this type of device, for matrices; else None."""
+    inside = torch.is_autocast_enabled(device)
+    return torch.bfloat16 if inside and torch.get_autocast_dtype(device) == torch.bfloat16 else None
+
+
 @functools.cache
 def keep_pieces() -> None:
     """Have glibc keep pieces of freed memory below 32 MB for the next time, 64 MB of them at most.
@@ -101,6 +107,14 @@ def keep_pieces() -> None:
     Until then most layers of a network get new pages from the system, as dear as their arithmetic.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)  # never touched
+
+
+def give_back() -> None:
+    """Have glibc return all freed memory to the system; nothing with another C library."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def keep_memory() -> None:

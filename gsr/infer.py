@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gsr.device import at_once, keep_pieces
+from gsr.device import at_once, give_back, keep_pieces
 from gsr.errors import InputError
 from gsr.stream import Band, join
 
@@ -89,7 +89,9 @@ class _Work:
         weight = next(model.parameters())
         band, strip = (at_once(n, weight) // self.batch for n in (BAND_PIXELS, STRIP_PIXELS))
         strip *= max(1, torch.get_num_threads() // 4)  # enough for each thread
-        self.band = min(self.lr_size[0], max(1, band // self.lr_size[1]))  # rows
+        # Where a band is encoded with its halo, that must not be most of the work.
+        least = 1 if hasattr(model.encoder, "stream") else max(1, 4 * model.halo)
+        self.band = min(self.lr_size[0], max(least, band // self.lr_size[1]))  # rows
         self.strip = min(size[0], max(1, strip // size[1]))
         self.keep = KEEP
         self.dtype = _dtype(precision, self)
@@ -118,11 +120,13 @@ class _Work:
 
     def _bytes(self, band: int, strip: int) -> int:
         """What bands and strips of so many rows take, from the peaks of many runs."""
-        (h, w), features = self.lr_size, 4 * self.model.config.encoder.n_feats
+        (h, w), c = self.lr_size, self.model.config.encoder.n_feats
         # A band in the encoder, and the rows that each of its convolutions keeps.
         from gsr.models.decoder import STRIP
 
-        lr = features * w * (20 * min(band, h) + 4 * self.model.halo)
+        pixel, column = getattr(self.model.encoder, "floats", (20 * c, 4 * self.model.halo * c))
+        pixel += 4 * getattr(self.model.head, "floats", 0)  # what it makes of features, twice
+        lr = 4 * w * (pixel * min(band, h) + column)
         if hasattr(self.model.head, "shared"):
             lr += 32 * h * w  # all Gaussians, and once more in whole windows
         row = self.batch * self.size[1]
@@ -186,6 +190,10 @@ class _Work:
                     # The last rows for themselves: together with a band they would make each tensor
                     # a little larger than the one before, and none would fit where that has been.
                     band = join(band, self.stream.feed(None, True) if last else None)
+                    if hasattr(self.model.encoder, "floats"):
+                        # A deep network's many sizes of tensors leave the heap full of holes, and
+                        # beside its arithmetic new pages cost nothing.
+                        give_back()
             self._advance((stop - self.next) * self.lr_size[1], 0)
             self.next = stop
             self.held = self.held if band is None else join(self.held, band)

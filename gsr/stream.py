@@ -14,7 +14,7 @@ start below the picture's top: rows that depend on what is above then never come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -139,21 +139,43 @@ class Convolution:
         return y
 
 
-Node = "Layer | Convolution | Chain | Residual | Skip"
+Node = "Layer | Convolution | Chain | Residual | Skip | Dense"
 
 
 class Chain:
-    """One node after the other."""
+    """One node after the other.
+
+    At the picture's end each gives all the rows that have waited in it and before, in a deep
+    network more than a band has; the next takes them in pieces no higher than that.
+    """
 
     def __init__(self, *nodes: Node):
         self.nodes = nodes
+        self.height = 0  # of the highest band before the last
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        for node in self.nodes:
-            band = node.feed(band, last)
-            if band is None and not last:
-                return None
-        return band
+        if band is not None and not last:
+            self.height = max(self.height, band.end - band.first)
+        return self._feed(self.nodes, band, last)
+
+    def _feed(self, nodes: tuple[Node, ...], band: Band | None, last: bool) -> Band | None:
+        if not nodes:
+            return band
+        out = None
+        for piece, end in self._pieces(band, last):
+            y = nodes[0].feed(piece, end)
+            if y is not None or end:
+                out = join(out, self._feed(nodes[1:], y, end))
+        return out
+
+    def _pieces(self, band: Band | None, last: bool) -> Iterator[tuple[Band | None, bool]]:
+        """A band, cut if it is too high, and whether each piece is the picture's last."""
+        if band is None or not last or not 0 < self.height < band.end - band.first:
+            yield band, last
+            return
+        for first in range(band.first, band.end, self.height):
+            end = min(first + self.height, band.end)
+            yield band.rows(first, end), end == band.end
 
 
 class Residual:
@@ -199,3 +221,58 @@ class Skip:
         if self.held and self.held[0].first < out.end:
             self.own = self.held[0] = self.held[0].kept(out.end, self.own)
         return out
+
+
+class Dense:
+    """cat(x, y_1, ..., y_n) along the channels; y_i is convolution i of cat(x, ..., y_{i - 1}).
+
+    A chain of one `Residual` a convolution gives the same, but holds a row once for each of the
+    convolutions that read it, not once.
+
+    Args:
+        convs: of odd kernels, with the zero padding that keeps the size.
+        after: applied to the result of each.
+    """
+
+    def __init__(self, convs: Iterable[nn.Conv2d], after: Callable[[Tensor], Tensor]):
+        self.convs, self.after = list(convs), after
+        self.reach = max(conv.padding[0] for conv in self.convs)
+        self.parts = [Waiting() for _ in range(len(self.convs) + 1)]  # x, y_1, ...
+        self.next = -1  # the next row to come out
+
+    def feed(self, band: Band | None, last: bool) -> Band | None:
+        self.parts[0].add(band)
+        for i in range(len(self.convs)):
+            if self.parts[i].band is not None:
+                self.parts[i + 1].add(self._convolve(i, last))
+        y = self.parts[-1].band
+        first = -1 if y is None else max(self.next, y.first)
+        if y is None or y.end <= first:
+            return None
+        out = Band(first, (torch.cat(self._rows(len(self.parts), first, y.end), dim=1),))
+        for part in self.parts:
+            part.keep(max(part.band.first, y.end - self.reach), last)
+        self.next = y.end
+        return out
+
+    def _convolve(self, i: int, last: bool) -> Band | None:
+        """The rows of y_{i + 1} that can be told and have not been."""
+        conv, reach = self.convs[i], self.convs[i].padding[0]
+        source, done = self.parts[i].band, self.parts[i + 1].band
+        if done is not None:
+            first = done.end
+        else:
+            first = source.first + reach if source.first else 0
+        end = source.end - (0 if last else reach)
+        if end <= first:
+            return None
+        above, below = max(reach - first, 0), end + reach - source.end if last else 0
+        x = torch.cat(self._rows(i + 1, first - reach + above, end + reach - below), dim=1)
+        if above or below:  # zeros where the picture ends
+            x = F.pad(x, (0, 0, above, below))
+        y = F.conv2d(x, conv.weight, conv.bias, padding=(0, conv.padding[1]))
+        return Band(first, (self.after(y),))
+
+    def _rows(self, count: int, first: int, end: int) -> list[Tensor]:
+        """Those rows of the first so many parts."""
+        return [part.band.rows(first, end).tensors[0] for part in self.parts[:count]]

@@ -2,41 +2,68 @@
 
 A run folder holds `config.yaml` (what was asked for), `state.pt` (everything that a resumed run
 needs), `model/` (the latest weights as a model folder), `best/` (the weights with the highest
-validation PSNR), `log.jsonl` and TensorBoard's files.
+validation PSNR), `log.jsonl` and TensorBoard's files. With `train.ema` both model folders, and the
+validation, are of the running mean of the weights; `state.pt` has that and the weights themselves.
+With `train.keep`, `state-STEP.pt` are earlier states: copied over `state.pt`, one is resumed.
+
+Several processes, started by `torchrun`, share every batch; see `gsr.distributed`. A step of N
+processes, or of N micro-batches (`train.accumulate`), has the gradient of a step of one, but for
+the rounding of its sums: patches and Gumbel noise are functions of (seed, step, place in the
+batch). Only in the mode `official` are they not the same: its Gaussians are means over the pictures
+that are computed at once, which then are those of one micro-batch of one process. Process 0 alone
+validates, writes and prints. To resume, all need to see the run folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import math
+import os
+import re
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from gsr import distributed
 from gsr.checkpoint import load_model, save_model
 from gsr.config import Config, TrainConfig, load_config, to_dict
-from gsr.data import PatchDataset, downscale, make_loader, split_pictures, steps_per_epoch
-from gsr.device import keep_memory, pick_device, set_threads
+from gsr.data import (
+    Batch,
+    PatchDataset,
+    downscale,
+    make_loader,
+    micro_batch,
+    split_pictures,
+    steps_per_epoch,
+)
+from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
-from gsr.image import read_image, remove_left_over, to_tensor, write_atomic
+from gsr.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
 from gsr.paths import make_folder, usable
+from gsr.resize import bicubic
 
 VAL_SCALES = (2, 3, 4, 6, 8)
-# What may differ when a run is resumed: nothing that decides its weights.
+SHOWN_SCALE = 4  # of the crop that TensorBoard shows
+# What may differ when a run is resumed: nothing that decides its weights, but for their rounding.
 MAY_CHANGE = {
-    "data.workers", "data.cache", "train.device", "train.threads", "train.log_every",
-    "train.val_every", "train.save_every", "output",
+    "data.workers", "data.cache", "data.cache_budget", "data.cache_dir", "train.accumulate",
+    "train.device", "train.threads", "train.log_every", "train.val_every", "train.save_every",
+    "train.keep", "output",
 }  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VAL_SIDE = 240  # HR pixels at most; sides are multiples of 24, and so of every scale
 
 
@@ -77,6 +104,38 @@ def validate(model: GaussianSR, pairs, device: torch.device) -> dict[str, float]
     return {"psnr": sum(means.values()) / len(means), **means}
 
 
+@torch.inference_mode()
+def show(board, model: GaussianSR, pair: tuple[int, Tensor, Tensor], step: int) -> None:
+    """Put on TensorBoard's `board` what a model makes of one of the `validation_pairs`.
+
+    Pictures of the bicubic enlargement, the model's and the HR side by side; the Gaussians of
+    `direct` and `field`, drawn; of modes with a bank, how many LR pixels have each as their
+    likeliest class.
+    """
+    scale, lr, hr = pair
+    model.eval()
+    x = lr.to(next(model.parameters()).device)
+    ours = model(x, size=hr.shape[-2:], scale=scale).cpu()
+    row = torch.cat([bicubic(lr, hr.shape[-2:]), ours, hr], dim=-1)
+    board.add_image("val/bicubic_ours_hr", to_uint8(row), step, dataformats="HWC")
+    if hasattr(model.head, "bank"):
+        classes = model.head.classifier(model.encoder(x)).argmax(1).flatten().cpu().numpy()
+        edges = np.arange(model.config.bank.points + 1)
+        board.add_histogram("val/classes", classes, step, bins=edges)
+    if model.config.mode in ("direct", "field"):
+        _show_gaussians(board, model, to_uint8(lr), step)
+    model.train()
+
+
+def _show_gaussians(board, model: GaussianSR, picture: np.ndarray, step: int) -> None:
+    try:
+        from gsr.inspection import draw_gaussians
+    except ImportError:
+        return
+    drawn = draw_gaussians(model, picture)
+    board.add_image("val/gaussians", drawn, step, dataformats="HWC")
+
+
 def _flat(section: dict, where: str = "") -> dict:
     """{"train.lr": 1e-4, ...} of nested sections."""
     flat = {}
@@ -84,6 +143,25 @@ def _flat(section: dict, where: str = "") -> dict:
         full = f"{where}.{key}" if where else key
         flat.update(_flat(value, full) if isinstance(value, dict) else {full: value})
     return flat
+
+
+class Loss(nn.Module):
+    """Mean absolute error of a model on a micro-batch.
+
+    A module, since `distributed.parallel` averages gradients of what is computed in its `forward`.
+    """
+
+    def __init__(self, model: GaussianSR, precision: str):
+        super().__init__()
+        self.model, self.bf16 = model, precision == "bf16"
+
+    def forward(self, batch: Batch) -> Tensor:
+        lr = batch.lr.contiguous(memory_format=torch.channels_last)
+        self.model.head.seeds = batch.seeds
+        with torch.autocast(lr.device.type, torch.bfloat16, enabled=self.bf16):
+            encoded = self.model.encode(lr)
+        out = self.model.query(encoded, batch.size, batch.coord, batch.scale)
+        return (out - batch.target).abs().mean()
 
 
 class Trainer:
@@ -94,12 +172,14 @@ class Trainer:
         resume: continue the run folder's state; without it an existing run is refused.
 
     Raises:
-        InputError: the data, the run folder or the initial weights do not serve.
+        InputError: the data, the run folder or the initial weights do not serve, or the batch
+            cannot be shared.
     """
 
     def __init__(self, config: Config, resume: bool = False):
         c = config
-        self.config = c
+        self.config, self.leads = c, distributed.rank() == 0
+        micro_batch(c.data.batch, distributed.count(), c.train.accumulate)
         self.folder = usable(Path(c.output) / c.name)
         self.log = self.folder / "log.jsonl"
         state = self.folder / "state.pt"
@@ -111,9 +191,9 @@ class Trainer:
         if resume:
             self._check_same_run(state)
         set_threads(c.train.threads)
-        self.device = pick_device(c.train.device)
+        self.device = distributed.pick(c.train.device)
         train_paths, val_paths = split_pictures(c.data)
-        self.pairs = validation_pairs(val_paths)
+        self.pairs = validation_pairs(val_paths) if self.leads else []
         self.dataset = PatchDataset(train_paths, c.data)
         self.per_epoch = steps_per_epoch(len(train_paths), c.data)
         self.total = c.train.steps or c.train.epochs * self.per_epoch
@@ -124,15 +204,22 @@ class Trainer:
             self._start_from(c.init)
         self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=c.train.lr)
+        self.ema = None
+        if c.train.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(c.train.ema))
+            self.ema.update_parameters(self.model)  # the first time copies: the mean starts here
         self.step, self.best = 0, -math.inf
         if resume:
             self._load(state)
+        if self.leads and resume:
             self._forget_after(self.step)
-        else:
+        elif self.leads:
             make_folder(self.folder)
             text = yaml.safe_dump(to_dict(c), sort_keys=False)
             write_atomic(self.folder / "config.yaml", text.encode())
             self.log.unlink(missing_ok=True)
+        self.saved = self.step  # the step of state.pt
+        self.loss = distributed.parallel(Loss(self.model, c.train.precision))
 
     def _check_same_run(self, state: Path):
         """A run goes on with the config that started it, but for how fast it goes and reports."""
@@ -156,25 +243,41 @@ class Trainer:
             raise InputError(f"init: {path} is not the model that the section model describes")
         self.model.load_state_dict(model.state_dict())
 
+    @property
+    def shown(self) -> GaussianSR:
+        """The weights that are validated and written as model folders."""
+        return self.ema.module if self.ema else self.model
+
     def fit(self, progress: bool = True) -> dict[str, float]:
-        """Train to the last step; returns the last validation."""
-        c = self.config.train
+        """Train to the last step; returns the last validation (in process 0).
+
+        Raises:
+            InputError: the run is finished already, or ends before its time: a picture cannot be
+                read any more, weights are not finite, the disk is full.
+        """
         if self.step >= self.total:
             raise InputError(f"{self.folder} is finished: it has done all its {self.total} steps")
-        board = open_board(self.folder / "tensorboard", self.step)
-        loader = make_loader(
-            self.dataset, c.seed, self.step, self.total, pin=self.device.type == "cuda"
-        )
         bar = tqdm(
-            total=self.total, initial=self.step, unit="step", disable=not progress, file=sys.stderr
+            total=self.total, initial=self.step, unit="step", file=sys.stderr,
+            disable=not (progress and self.leads),
+        )  # fmt: skip
+        with self._writing(), bar:
+            return self._fit(bar)
+
+    def _fit(self, bar: tqdm) -> dict[str, float]:
+        c = self.config.train
+        board = open_board(self.folder / "tensorboard", self.step) if self.leads else None
+        loader = make_loader(
+            self.dataset, c.seed, self.step, self.total, c.accumulate, self.device.type == "cuda"
         )
         losses, waited, metrics, since, mark = [], 0.0, {}, time.perf_counter(), self.step
         batches = iter(loader)
         while self.step < self.total:
             start = time.perf_counter()
-            batch = self._next(batches)
+            parts = [self._next(batches) for _ in range(c.accumulate)]
             waited += time.perf_counter() - start
-            losses.append(self._train_step(batch))
+            distributed.agree()
+            losses.append(self._train_step(*parts))
             self.step += 1
             bar.update()
             last = self.step == self.total
@@ -182,34 +285,60 @@ class Trainer:
                 last or self.step % every == 0 for every in (c.log_every, c.val_every, c.save_every)
             )
             if log or check or save:  # what has diverged is neither measured nor saved
-                self._check_finite(losses)
+                loss = self._finite(losses)
             if log:
                 seconds = time.perf_counter() - since
                 row = {
                     "step": self.step,
-                    "loss": torch.stack(losses).mean().item(),
+                    "loss": loss,
                     "lr": self.optimizer.param_groups[0]["lr"],
                     "steps_per_second": (self.step - mark) / seconds,
-                    "waiting": waited / seconds,
+                    "waiting": waited / seconds,  # share of the time, of process 0
                 }
                 self._log(board, row, "train")
-                bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
+                wait = f"{row['waiting']:.0%}"
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{row['lr']:.1e}", waiting=wait)
                 losses, waited, since, mark = [], 0.0, time.perf_counter(), self.step
-            if check:
-                metrics = validate(self.model, self.pairs, self.device)
-                self._log(board, {"step": self.step, **metrics}, "val")
-                tqdm.write(
-                    f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()),
-                    file=sys.stderr,
-                )
-                if metrics["psnr"] > self.best:
-                    self.best = metrics["psnr"]
-                    save_model(self.folder / "best", self.model)
-            if save:
+            if check and self.leads:
+                metrics = self._validate(board)
+            if save and self.leads:
                 self._save()
-        bar.close()
         if board:
             board.close()
+        return metrics
+
+    @contextmanager
+    def _writing(self):
+        """A full disk ends the run in a sentence.
+
+        All that was written before is whole: files are replaced once their successor is complete.
+        """
+        try:
+            yield
+        except (OSError, InputError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if getattr(cause, "errno", None) not in FULL:
+                raise
+            state = self.folder / "state.pt"
+            go_on = f"resume from {state} (step {self.saved})" if state.exists() else "start again"
+            raise InputError(
+                f"{self.folder} cannot be written at step {self.step} "
+                f"({cause.strerror}): free some space and {go_on}"
+            ) from None
+
+    def _validate(self, board) -> dict[str, float]:
+        metrics = validate(self.shown, self.pairs, self.device)
+        self._log(board, {"step": self.step, **metrics}, "val")
+        if board:
+            crop = next(pair for pair in self.pairs if pair[0] == SHOWN_SCALE)
+            show(board, self.shown, crop, self.step)
+        tqdm.write(
+            f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()),
+            file=sys.stderr,
+        )
+        if metrics["psnr"] > self.best:
+            self.best = metrics["psnr"]
+            save_model(self.folder / "best", self.shown)
         return metrics
 
     def _next(self, batches):
@@ -218,50 +347,69 @@ class Trainer:
         except InputError as error:  # from a loader process it comes with that one's traceback
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 
-    def _train_step(self, batch) -> Tensor:
+    def _train_step(self, *parts: Batch) -> Tensor:
+        """An optimiser step on this process's micro-batches; returns their mean loss, detached."""
         c = self.config.train
-        # Noise, like the data, is a function of the step: there is no generator's state to resume.
-        torch.manual_seed(int(np.random.SeedSequence([c.seed, 3, self.step]).generate_state(1)[0]))
+        # Were a model to draw from the global generator, it would have no state to resume either.
+        seed = np.random.SeedSequence([c.seed, 3, self.step, distributed.rank()])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         lr_now = learning_rate(c, self.step, self.total, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_now
-        lr, coord, target = (
-            t.to(self.device, non_blocking=True) for t in (batch.lr, batch.coord, batch.target)
-        )
-        bf16 = c.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            encoded = self.model.encode(lr.contiguous(memory_format=torch.channels_last))
-        out = self.model.query(encoded, batch.size, coord, batch.scale)
-        loss = (out - target).abs().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        unshared, losses = getattr(self.loss, "no_sync", nullcontext), []
+        for i, part in enumerate(parts, 1):
+            with nullcontext() if i == len(parts) else unshared():
+                loss = self.loss(self._moved(part)) / len(parts)
+                loss.backward()
+            losses.append(loss.detach())
         if c.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
-        return loss.detach()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        return sum(losses)
 
-    def _check_finite(self, losses: list[Tensor]):
+    def _moved(self, batch: Batch) -> Batch:
+        names = "lr", "coord", "target"
+        there = {n: getattr(batch, n).to(self.device, non_blocking=True) for n in names}
+        return batch._replace(**there)
+
+    def _finite(self, losses: list[Tensor]) -> float:
+        """The mean of the steps' losses over all processes, if they and the weights are finite."""
+        losses = distributed.mean(torch.stack(losses))
         # A loss is that of the weights before its step: those after it are looked at themselves.
-        values = [*losses, *(p.detach().sum() for p in self.model.parameters())]
-        if not torch.stack(values).isfinite().all():
+        sums = torch.stack([p.detach().sum() for p in self.model.parameters()])
+        if not torch.cat([losses, sums]).isfinite().all():
             state = self.folder / "state.pt"
             kept = f"; {state} is from before" if state.exists() else ""
             raise InputError(
                 f"loss or weights are not finite by step {self.step}: lower train.lr or set "
                 f"train.clip, under another name{kept}"
             )
+        return losses.mean().item()
 
     def _log(self, board, row: dict, kind: str):
+        if not self.leads:
+            return
         with open(self.log, "a") as f:
             f.write(json.dumps({"kind": kind, **row}) + "\n")
         for key, value in row.items():
             if board and key != "step":
                 board.add_scalar(f"{kind}/{key}", value, row["step"])
 
+    def _numbered(self) -> dict[int, Path]:
+        """The earlier states that are kept, by their steps, in order."""
+        found = (re.fullmatch(r"state-([0-9]+)\.pt", p.name) for p in self.folder.glob("state-*"))
+        return {n: self.folder / f"state-{n}.pt" for n in sorted(int(m[1]) for m in found if m)}
+
     def _forget_after(self, step: int):
         """Drop what a killed run logged, or half wrote, after the state that is resumed."""
         for folder in (self.folder, self.folder / "model", self.folder / "best"):
             remove_left_over(folder)
+        for number, path in self._numbered().items():
+            if number > step:
+                path.unlink()
         rows = self.log.read_text().splitlines() if self.log.exists() else []
         kept = [r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= step]
         write_atomic(self.log, "".join(kept).encode())
@@ -270,19 +418,39 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
             "best": self.best,
         }
-        save_model(self.folder / "model", self.model)
+        save_model(self.folder / "model", self.shown)
         packed = io.BytesIO()
         torch.save(state, packed)
+        self._keep_before()
         write_atomic(self.folder / "state.pt", packed.getbuffer())
+        self.saved = self.step
+
+    def _keep_before(self):
+        """Give the state that is about to be replaced a name of its own, and drop the oldest."""
+        path, keep = self.folder / "state.pt", self.config.train.keep
+        if keep and path.exists():
+            kept = self.folder / f"state-{self.saved}.pt"
+            try:
+                os.link(path, kept)
+            except FileExistsError:  # killed just after
+                pass
+            except OSError:  # a file system without links
+                write_atomic(kept, path.read_bytes())
+        numbered = list(self._numbered().values())
+        for old in numbered[: max(0, len(numbered) - keep)]:
+            old.unlink()
 
     def _load(self, path: Path):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
         except Exception as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}): start again under another name, with "
@@ -306,7 +474,7 @@ def open_board(folder: Path, step: int):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`train.py --config FILE [--resume] [section.key=value ...]`."""
+    """`train.py --config FILE [--resume] [section.key=value ...]`, or `torchrun` with that."""
     parser = argparse.ArgumentParser(
         prog="train.py", description="Train a model from a YAML file on a folder of pictures."
     )
@@ -314,8 +482,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run of that name")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
-    keep_memory()
-    trainer = Trainer(config, args.resume)
-    metrics = trainer.fit()
-    print(f"{trainer.folder}: " + ", ".join(f"{k} {v:.2f} dB" for k, v in metrics.items()))
+    with distributed.together():
+        config = load_config(args.config, args.overrides)
+        keep_memory()
+        trainer = Trainer(config, args.resume)
+        metrics = trainer.fit()
+        if distributed.rank() == 0:
+            print(f"{trainer.folder}: " + ", ".join(f"{k} {v:.2f} dB" for k, v in metrics.items()))

@@ -78,8 +78,8 @@ def test_every_mistake_is_named_at_once(write):
     for expected in (
         "override 'nonsense' must read section.key=value",
         "model.mod is not a key; did you mean model.mode?",
-        "model.mode must be one of direct, field, official, not the text 'feild'; "
-        "did you mean field?",
+        "model.mode must be one of direct, field, official, bicubic, liif, lte, not the text "
+        "'feild'; did you mean field?",
         "model.encoder.n_feats must be a whole number, not 3.0; write 3",
         "model.encoder.n_blocks must be a whole number, not true",
         "lr is not a key; did you mean train.lr?",
@@ -87,7 +87,7 @@ def test_every_mistake_is_named_at_once(write):
         "train.clip must be a finite number, not nan",
         "train.device must be text, not 1; put it in quotes",
         "train.lr must be a number, not the text 'fast'",
-        "data.cache must be true or false, not the text 'yes'",
+        "data.cache must be one of memory, mmap, none, true, false, not the text 'yes'",
         "data.batch must be at least 1, not 0",
         "data.val must be text or null, not 1; put it in quotes",
     ):
@@ -119,6 +119,11 @@ def test_every_mistake_is_named_at_once(write):
         ("data.queries=2305", "at most round"),
         ("data.batch=0", "at least 1"),
         ("data.workers=-1", "at least 0"),
+        ("data.cache=1", "one of memory, mmap, none, true, false"),
+        ("data.cache_budget=lots", "such as 500MB"),
+        ("train.accumulate=0", "at least 1"),
+        ("train.ema=1", "below 1"),
+        ("train.keep=-1", "at least 0"),
         ("train.lr=0", "above 0"),
         ("train.lr=.inf", "finite"),
         ("train.clip=0", "above 0"),

@@ -1,5 +1,8 @@
 """Sampling: what a batch holds, and that any step can be made again from its number."""
 
+import itertools
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +16,11 @@ from gsr.data import (
     ScaleBatchSampler,
     downscale,
     make_loader,
+    micro_batch,
     pixel_coords,
     split_pictures,
     steps_per_epoch,
+    to_bytes,
 )
 from gsr.errors import InputError
 
@@ -91,14 +96,109 @@ def test_any_step_again(folder):
     assert not torch.equal(whole[0].lr, other.lr)
 
 
-def test_workers_and_cache_change_nothing(folder):
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"workers": 2, "cache": "none"}, {"cache": True}, {"cache": False},
+        {"workers": 2, "cache": "mmap"}, {"cache": "mmap", "cache_budget": "13kB"},
+        {"cache_budget": "0B"},
+    ],
+)  # fmt: skip
+def test_workers_and_cache_change_nothing(folder, other):
     c = config(folder)
     paths, _ = split_pictures(c)
     plain = list(make_loader(PatchDataset(paths, c), seed=5, first=0, last=4))
-    other = config(folder, workers=2, cache=False)
-    loader = make_loader(PatchDataset(paths, other), seed=5, first=0, last=4)
+    loader = make_loader(PatchDataset(paths, config(folder, **other)), seed=5, first=0, last=4)
     for a, b in zip(plain, loader, strict=True):
         assert torch.equal(a.lr, b.lr) and torch.equal(a.target, b.target)
+        assert torch.equal(a.coord, b.coord) and a.seeds == b.seeds
+
+
+def no_decoding(monkeypatch):
+    def decode(path):
+        raise AssertionError(f"{path} was decoded")
+
+    monkeypatch.setattr("gsr.data.read_image", decode)
+
+
+def test_a_mapped_picture_is_decoded_once(folder, monkeypatch):
+    c = config(folder, cache="mmap", repeat=1)
+    paths, _ = split_pictures(c)
+    assert len(PatchDataset(paths, c)) == 3
+    no_decoding(monkeypatch)
+    assert len(list(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1))) == 1
+    files = list((folder / ".gsr-cache").iterdir())
+    assert len(files) == 3 and all(file.suffix == ".npy" for file in files)
+    assert split_pictures(c)[0] == paths  # the cache is no picture
+
+
+def test_a_mapped_picture_that_has_changed_is_decoded_again(folder, tmp_path):
+    c = config(folder, cache="mmap", cache_dir=str(tmp_path / "cache" / "deep"))
+    paths, _ = split_pictures(c)
+    before = PatchDataset(paths, c)
+    files = {file.name for file in (tmp_path / "cache" / "deep").iterdir()}
+    Image.new("RGB", (64, 50), "red").save(paths[1])
+    after = PatchDataset(paths, c)
+    now = {file.name for file in (tmp_path / "cache" / "deep").iterdir()}
+    assert len(files) == len(now) == 3 and len(files & now) == 2
+    assert before.mapped[0].tolist() == after.mapped[0].tolist()
+    assert after.mapped[1].shape == (50, 64, 3) and np.unique(after.mapped[1]).tolist() == [0, 255]
+    # the same size, another time of change
+    os.utime(paths[1], ns=(0, 10**18))
+    PatchDataset(paths, c)
+    assert len(now & {file.name for file in (tmp_path / "cache" / "deep").iterdir()}) == 2
+
+
+def test_damaged_and_missing_files_of_the_cache_are_made_again(folder):
+    c = config(folder, cache="mmap")
+    paths, _ = split_pictures(c)
+    first, second, third = PatchDataset(paths, c).mapped.files
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1])
+    second.write_bytes(b"")
+    dataset = PatchDataset(paths, c)
+    third.unlink()  # while it is in use
+    for i, path in enumerate(paths):
+        assert np.array_equal(dataset._picture(i), np.asarray(Image.open(path)))
+    assert first.read_bytes() == whole and third.exists()
+
+
+def test_the_cache_keeps_to_its_budget(folder, monkeypatch):
+    c = config(folder, cache_budget="25.3 kB")  # a picture is 60 * 70 * 3 = 12.6 kB
+    paths, _ = split_pictures(c)
+    assert sorted(PatchDataset(paths, c).memory) == [0, 1]
+    c.cache = "mmap"
+    assert len(PatchDataset(paths, c).mapped) == len(list((folder / ".gsr-cache").iterdir())) == 2
+    assert to_bytes("4GB") == 4e9 and to_bytes("2GiB") == 2**31 and to_bytes("1.5 kB") == 1500
+    assert to_bytes("7B") == 7 and to_bytes("3MiB") == 3 * 2**20 and to_bytes(None) == float("inf")
+
+
+def test_a_cache_that_cannot_be_made(folder, tmp_path):
+    c = config(folder, cache="mmap", cache_dir=str(folder / "0.png" / "cache"))
+    with pytest.raises(InputError, match="data.cache_dir: .* cannot be made"):
+        PatchDataset(split_pictures(c)[0], c)
+
+
+@pytest.mark.parametrize("ranks, accumulate", [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_a_batch_in_parts_is_the_batch(folder, ranks, accumulate):
+    c = config(folder, batch=6)
+    whole = list(ScaleBatchSampler(3, c, 7, 1, 3))
+    samplers = [ScaleBatchSampler(3, c, 7, 1, 3, accumulate, rank, ranks) for rank in range(ranks)]
+    assert all(len(sampler) == 2 * accumulate for sampler in samplers)
+    parts = [list(sampler) for sampler in samplers]
+    for step, batch in enumerate(whole):
+        of_step = [p for rank in parts for p in rank[step * accumulate : (step + 1) * accumulate]]
+        assert {len(part) for part in of_step} == {micro_batch(6, ranks, accumulate)}
+        assert list(itertools.chain(*of_step)) == batch
+
+
+def test_every_patch_has_noise_of_its_own(folder):
+    c = config(folder, batch=6)
+    dataset = PatchDataset(split_pictures(c)[0], c)
+    whole = next(iter(make_loader(dataset, seed=0, first=2, last=3)))
+    parts = list(make_loader(dataset, seed=0, first=2, last=3, accumulate=2))
+    assert [*parts[0].seeds, *parts[1].seeds] == [*whole.seeds] and len({*whole.seeds}) == 6
+    assert torch.equal(torch.cat([part.lr for part in parts]), whole.lr)
 
 
 def test_an_epoch_visits_each_picture_equally(folder):
@@ -121,7 +221,7 @@ def test_a_patch_is_what_its_random_numbers_say(folder):
     turned = set()
     for n in range(24):
         draw = Draw(n % 3, 2.0 + n / 24, (7, 2, n, 0))
-        lr, index, target, scale = dataset[draw]
+        lr, index, target, scale, _ = dataset[draw]
         side = round(12 * scale)
         rng = np.random.default_rng(draw.key)
         picture = np.asarray(Image.open(paths[draw.index]))
@@ -191,3 +291,6 @@ def test_bad_data(folder, tmp_path):
         PatchDataset(split_pictures(config(folder))[0], config(folder, patch=20))
     with pytest.raises(InputError, match="data.batch"):
         steps_per_epoch(3, config(folder, batch=16))
+    for parts in ((4, 1), (1, 12)):
+        with pytest.raises(InputError, match="6 cannot be cut .* a multiple of"):
+            micro_batch(6, *parts)

@@ -1,22 +1,31 @@
 """Training end to end: it learns, it repeats itself, and SIGKILL costs nothing but time."""
 
+import errno
+import io
 import json
+import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from gsr.checkpoint import load_model
 from gsr.config import load_config
 from gsr.data import Batch, pixel_coords
 from gsr.errors import InputError
+from gsr.image import to_uint8
+from gsr.models.bank import assign
+from gsr.resize import bicubic
 from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
+from tests.children import finish, start
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"
@@ -71,7 +80,8 @@ def test_resume_is_exact(tmp_path, mode):
     small = [
         f"model.mode={mode}", "train.save_every=3", "model.bank.points=9",
         "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
-        "model.decoder.hidden_list=[16]", "train.schedule=step",
+        "model.decoder.hidden_list=[16]", "train.schedule=step", "train.ema=0.9",
+        "train.accumulate=2",
     ]  # fmt: skip
     Trainer(config(tmp_path / "whole", "train.steps=9", *small)).fit(progress=False)
     Trainer(config(tmp_path / "parts", "train.steps=6", *small)).fit(progress=False)
@@ -79,47 +89,291 @@ def test_resume_is_exact(tmp_path, mode):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_killed_and_resumed_is_never_killed(tmp_path):
-    """SIGKILL at random moments, some of them inside a checkpoint's writing."""
-    steps = ["train.steps=120", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
+# The n-th file is half written when its process stops for ever.
+HALF_WRITTEN = """
+import os, time
+real, calls = os.fsync, iter(range({n}))
+def fsync(handle):
+    if next(calls, None) is None:
+        os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        open({mark!r}, "w").close()
+        time.sleep(600)
+    real(handle)
+os.fsync = fsync
+"""
 
-    def command(folder, *extra):
-        return [
-            sys.executable, "train.py", "--config", "configs/smoke.yaml", *extra,
-            f"output={folder}", *TINY, *steps,
-        ]  # fmt: skip
 
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
-    draw, kills = random.Random(0), 0
-    state = tmp_path / "killed" / "smoke" / "state.pt"
-    while kills < 3:
-        extra = ["--resume"] if state.exists() else []
-        run = subprocess.Popen(
-            command(tmp_path / "killed", *extra),
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+def flat(state, where=""):
+    """Everything in a state, as tensors, by its place."""
+    if not isinstance(state, (dict, list, tuple)):
+        return {where: torch.as_tensor(-1.0 if state is None else state)}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return {k: v for key, value in items for k, v in flat(value, f"{where}/{key}").items()}
+
+
+def wait_until(true, child, seconds=60):
+    end = time.monotonic() + seconds
+    while not true() and child.is_alive() and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def test_killed_ten_times_and_resumed_is_never_killed(tmp_path):
+    """SIGKILL at random moments, five of them inside the writing of a file that has been chosen."""
+    steps = ["train.steps=80", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
+    options = [*TINY, *steps, "train.ema=0.9", "train.keep=2"]
+    quick = "import sys; sys.modules['gsr.inspection'] = None\n"  # no drawings
+    first = start(tmp_path / "out", f"output={tmp_path / 'whole'}", *options, before=quick)
+    assert finish(first) == [0]
+    run, draw = tmp_path / "killed" / "smoke", random.Random(0)
+    state, mark = run / "state.pt", tmp_path / "mark"
+    for kill in range(10):
+        resume = ["--resume"] if state.exists() else []
+        n = draw.randrange(4, 24)  # a state is three files, the first one and a best one four
+        inside = HALF_WRITTEN.format(n=n, mark=str(mark)) if kill % 2 else ""
         before = state.stat().st_mtime_ns if state.exists() else 0
-        while run.poll() is None and (
-            not state.exists() or state.stat().st_mtime_ns == before
-        ):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.15))
-        if run.poll() is None:
-            run.send_signal(signal.SIGKILL)
-            kills += 1
-        run.wait()
-    done = subprocess.run(
-        command(tmp_path / "killed", "--resume"), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+        child = start(
+            tmp_path / "out", f"output={tmp_path / 'killed'}", *options, *resume,
+            before=quick + inside,
+        )  # fmt: skip
+        if inside:
+            wait_until(mark.exists, child)
+            assert list(run.rglob("*.gsr-tmp"))
+        else:
+            wait_until(lambda: state.exists() and state.stat().st_mtime_ns != before, child)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.03))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, (tmp_path / "out").read_text()
+        mark.unlink(missing_ok=True)
+    argv = [f"output={tmp_path / 'killed'}", *options, "--resume"]
+    last = start(tmp_path / "out", *argv, before=quick)
+    assert finish(last) == [0], (tmp_path / "out").read_text()
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert not list((tmp_path / "killed" / "smoke").glob("**/.*gsr-tmp"))
-    log = [
-        [json.loads(line) for line in open(tmp_path / run / "smoke" / "log.jsonl")]
-        for run in ("whole", "killed")
-    ]
-    steps = [[(row["kind"], row["step"]) for row in rows] for rows in log]
-    assert steps[0] == steps[1]
+    assert not list(run.rglob("*.gsr-tmp"))
+    whole = tmp_path / "whole" / "smoke"
+    for name in ("state.pt", "state-78.pt", "state-79.pt"):
+        states = [flat(torch.load(f / name, weights_only=True)) for f in (whole, run)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert same(*(load_file(f / "best" / "model.safetensors") for f in (whole, run)))
+    log = [[json.loads(line) for line in open(f / "log.jsonl")] for f in (whole, run)]
+    rows = [[(row["kind"], row["step"]) for row in rows] for rows in log]
+    assert rows[0] == rows[1]
+
+
+def full_disk(monkeypatch, after):
+    """From the n-th file on, the disk is full."""
+    calls, real = iter(range(after)), os.fsync
+
+    def fsync(handle):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+
+
+@pytest.mark.parametrize("after", range(5, 9))  # the first state is four files, the others three
+def test_a_full_disk_costs_nothing_that_is_written(tmp_path, monkeypatch, after):
+    steps = ["train.steps=4", "train.save_every=1", "train.val_every=9", "train.log_every=9"]
+    Trainer(config(tmp_path / "whole", *steps)).fit(progress=False)
+    trainer = Trainer(config(tmp_path / "full", *steps))
+    with monkeypatch.context() as patch:
+        full_disk(patch, after)
+        sentence = r"cannot be written at step \d \(No space left on device\): free some space and "
+        with pytest.raises(InputError, match=sentence + r"resume from .*state.pt \(step \d\)"):
+            trainer.fit(progress=False)
+    run = tmp_path / "full" / "smoke"
+    assert not list(run.rglob("*.gsr-tmp"))
+    load_model(run / "model")
+    Trainer(config(tmp_path / "full", *steps), resume=True).fit(progress=False)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+
+
+def test_a_full_disk_before_the_first_state(tmp_path, monkeypatch):
+    trainer = Trainer(config(tmp_path, "train.steps=2"))
+    full_disk(monkeypatch, 0)
+    with pytest.raises(InputError, match="free some space and start again$"):
+        trainer.fit(progress=False)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
+def test_a_log_that_cannot_grow(tmp_path):
+    trainer = Trainer(config(tmp_path, "train.steps=2"))
+    trainer.log = Path("/dev/full")
+    with pytest.raises(InputError, match="No space left on device"):
+        trainer.fit(progress=False)
+
+
+def test_a_file_that_the_system_does_not_let_grow(tmp_path):
+    steps = ["train.schedule=step", "train.save_every=1", "train.val_every=99"]
+    Trainer(config(tmp_path, *steps, "train.steps=2")).fit(progress=False)
+    run = tmp_path / "smoke"
+    before, size = (run / "state.pt").read_bytes(), (run / "state.pt").stat().st_size
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size - 1}, {size - 1}))"
+    argv = [f"output={tmp_path}", *TINY, *steps, "train.steps=4", "--resume"]
+    assert finish(start(tmp_path / "out", *argv, before=limit)) == [2]
+    said = (tmp_path / "out").read_text().splitlines()[-1]
+    assert said == (
+        f"gsr: error: {run} cannot be written at step 3 (File too large): free some space and "
+        f"resume from {run / 'state.pt'} (step 2)"
+    )
+    assert (run / "state.pt").read_bytes() == before
+
+
+def test_earlier_states_are_kept_and_one_is_gone_back_to(tmp_path):
+    steps = ["train.steps=10", "train.save_every=2", "train.keep=3", "train.log_every=1"]
+    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    run = tmp_path / "smoke"
+    assert sorted(p.name for p in run.glob("state*")) == [
+        "state-4.pt", "state-6.pt", "state-8.pt", "state.pt"
+    ]  # fmt: skip
+    final = weights(tmp_path)
+    shutil.copy(run / "state-6.pt", run / "state.pt")
+    trainer = Trainer(config(tmp_path, *steps, "train.keep=1"), resume=True)
+    assert trainer.step == 6 and not (run / "state-8.pt").exists()
+    trainer.fit(progress=False)
+    assert same(final, weights(tmp_path))
+    assert sorted(p.name for p in run.glob("state*")) == ["state-8.pt", "state.pt"]
+    rows = [json.loads(line) for line in open(run / "log.jsonl")]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
+
+
+def test_states_are_kept_where_there_are_no_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    Trainer(config(tmp_path, "train.steps=3", "train.save_every=1", "train.keep=1")).fit(False)
+    assert torch.load(tmp_path / "smoke" / "state-2.pt", weights_only=True)["step"] == 2
+
+
+def test_the_running_mean_is_what_is_measured_and_written(tmp_path, monkeypatch):
+    seen = []
+
+    def score(model, *_):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"psnr": float(len(seen))}
+
+    monkeypatch.setattr("gsr.training.validate", score)
+    steps = ["train.steps=4", "train.save_every=1", "train.keep=9", "train.val_every=1"]
+    trainer = Trainer(config(tmp_path, *steps, "train.ema=0.75", "train.lr=1e-2"))
+    mean = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.fit(progress=False)
+    run = tmp_path / "smoke"
+    for step, measured in enumerate(seen, 1):
+        path = run / ("state.pt" if step == 4 else f"state-{step}.pt")
+        raw = torch.load(path, weights_only=True)["model"]
+        mean = {k: 0.75 * mean[k] + 0.25 * raw[k] for k in mean}
+        for k in mean:
+            torch.testing.assert_close(measured[k], mean[k], atol=1e-6, rtol=1e-5)
+    assert not same(raw, seen[-1])
+    assert same(seen[-1], load_model(run / "model").state_dict())
+    assert same(seen[-1], load_model(run / "best").state_dict())
+
+
+@pytest.mark.parametrize("mode", ["direct", "field"])
+def test_micro_batches_make_the_same_step(tmp_path, mode):
+    def run(name, *overrides):
+        c = config(
+            tmp_path / name, f"model.mode={mode}", "data.batch=4", "train.steps=4",
+            "model.encoder.n_feats=12", "model.bank.points=9", "model.decoder.hidden_dim=16",
+            "model.decoder.hidden_list=[16]", "train.log_every=1", *overrides,
+        )  # fmt: skip
+        trainer = Trainer(c)
+        first = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        trainer.fit(progress=False)
+        rows = [json.loads(row) for row in open(tmp_path / name / "smoke" / "log.jsonl")]
+        return first, weights(tmp_path / name), [r["loss"] for r in rows if r["kind"] == "train"]
+
+    def apart(a, b):
+        return sum((a[k] - b[k]).double().square().sum() for k in a).sqrt()
+
+    first, whole, losses = run("whole")
+    for parts in (2, 4):
+        _, summed, same_losses = run(f"parts{parts}", f"train.accumulate={parts}")
+        assert apart(whole, summed) < 1e-3 * apart(whole, first)
+        assert np.allclose(losses, same_losses, rtol=1e-4)
+    _, other, _ = run("other", "train.seed=1")
+    assert apart(whole, other) > 0.1 * apart(whole, first)
+
+
+def test_noise_of_a_picture_is_its_own():
+    logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    together = assign(logits, "gumbel", seeds=[5, 6, 2**63 - 1])
+    assert torch.equal(together[1:2], assign(logits[1:2], "gumbel", seeds=[6]))
+    again = assign(logits.roll(1, 0), "gumbel", seeds=[2**63 - 1, 5, 6])
+    assert torch.equal(together, again.roll(-1, 0))
+    assert not torch.equal(together, assign(logits, "gumbel", seeds=[5, 6, 7]))
+    batch = logits[:1].expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    a, b = assign(batch, "gumbel", seeds=[1, 2])
+    assert not torch.equal(a, b)
+
+
+def watched(folder):
+    """What TensorBoard finds in a run folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(
+        str(folder / "smoke" / "tensorboard"), {"images": 0, "histograms": 0}
+    )
+    return events.Reload()
+
+
+def shown(event):
+    return np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+
+
+@pytest.mark.parametrize("mode", ["direct", "field", "official"])
+def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
+    drawn = np.full((4, 5, 3), 7, np.uint8)
+    module = type(sys)("gsr.inspection")
+    module.draw_gaussians = lambda model, picture, zoom=8: drawn
+    monkeypatch.setitem(sys.modules, "gsr.inspection", module)
+    c = config(
+        tmp_path, f"model.mode={mode}", "train.steps=2", "train.val_every=1",
+        "model.bank.points=9", "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
+        "model.decoder.hidden_list=[16]",
+    )  # fmt: skip
+    trainer = Trainer(c)
+    trainer.fit(progress=False)
+    events = watched(tmp_path)
+    _, lr, hr = next(pair for pair in trainer.pairs if pair[0] == 4)
+    first, second = events.Images("val/bicubic_ours_hr")
+    assert (first.step, second.step) == (1, 2)
+    left, ours, right = np.split(shown(second), 3, axis=1)
+    assert np.array_equal(left, to_uint8(bicubic(lr, hr.shape[-2:])))
+    assert np.array_equal(right, to_uint8(hr))
+    with torch.inference_mode():
+        now = trainer.model.eval()(lr, scale=4, size=hr.shape[-2:])
+    assert np.array_equal(ours, to_uint8(now))
+    tags = events.Tags()
+    assert ("val/gaussians" in tags["images"]) == (mode != "official")
+    if mode != "official":
+        assert np.array_equal(shown(events.Images("val/gaussians")[0]), drawn)
+    if mode != "direct":
+        values = events.Histograms("val/classes")[1].histogram_value
+        with torch.inference_mode():
+            classes = trainer.model.head.classifier(trainer.model.encoder(lr)).argmax(1)
+        assert values.num == lr.shape[-2] * lr.shape[-1]
+        assert values.sum == classes.sum()
+        at = {int(low): n for low, n in zip(values.bucket_limit, values.bucket, strict=True)}
+        for k, n in enumerate(torch.bincount(classes.flatten(), minlength=9).tolist()):
+            assert at.get(k + 1, 0) == n
+
+
+def test_the_real_drawing_of_gaussians(tmp_path):
+    inspect = pytest.importorskip("gsr.inspection")
+    trainer = Trainer(config(tmp_path, "train.steps=1"))
+    trainer.fit(progress=False)
+    _, lr, _ = next(pair for pair in trainer.pairs if pair[0] == 4)
+    (event,) = watched(tmp_path).Images("val/gaussians")
+    assert np.array_equal(shown(event), inspect.draw_gaussians(trainer.model, to_uint8(lr), zoom=8))
+
+
+def test_without_a_drawing_there_is_no_picture_of_gaussians(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gsr.inspection", None)
+    Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
+    assert watched(tmp_path).Tags()["images"] == ["val/bicubic_ours_hr"]
 
 
 def test_schedules():
@@ -165,6 +419,8 @@ def test_refusals(tmp_path):
         Trainer(config(tmp_path / "file"))
     with pytest.raises(InputError, match="device"):
         Trainer(config(tmp_path / "new", "train.device=gpu"))
+    with pytest.raises(InputError, match="data.batch 2 cannot be cut .* train.accumulate 3"):
+        Trainer(config(tmp_path / "new", "train.accumulate=3"))
 
 
 def test_what_has_diverged_is_not_saved(tmp_path):

@@ -1,7 +1,25 @@
-"""GaussianSR: an encoder at LR and one of three heads that render at any size.
+"""GaussianSR: an encoder at LR and a head that renders at any size.
 
 A mode is a head: a module with `encode` (features to Gaussians, all at LR), `render` (a whole
-picture) and `query` (chosen points). To add one, write the class and name it in `HEADS`.
+picture), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
+`liif`, `lte` and `bicubic` are what they are compared with. To add one, write the class, name it in
+`HEADS` and the mode in `gsr.config.ModelConfig`.
+
+An encoder is a module that turns LR [B, 3, h, w] in [0, 1] into features [B, n_feats, h, w]:
+
+    class Plain(nn.Module):
+        def __init__(self, config: EncoderConfig):
+            super().__init__()
+            self.body = nn.Conv2d(3, config.n_feats, 3, padding=1)
+            self.halo = 1  # LR pixels around a pixel on which its features depend
+
+        def forward(self, lr):
+            return self.body(lr)
+
+To add it, name it in `ENCODERS` and in `gsr.config.EncoderConfig`, which gets its keys too. Large
+pictures are encoded by bands of rows with the halo around each; a deep encoder should have
+`stream` (see `gsr.stream` and `gsr.models.rdn`), which computes no row twice, and `floats`: what it
+has at a time for each pixel of a band, and keeps for each column of the picture, in numbers.
 """
 
 from __future__ import annotations
@@ -15,14 +33,20 @@ from torch import Tensor, nn
 
 from gsr.config import EncoderConfig, ModelConfig, check
 from gsr.errors import InputError
-from gsr.models.edsr import EDSR
 from gsr.stream import Chain, Layer, Residual
 
-ENCODERS = {"edsr": EDSR}
+ENCODERS = {
+    "edsr": "gsr.models.edsr:EDSR",
+    "rdn": "gsr.models.rdn:RDN",
+    "swinir": "gsr.models.swinir:SwinIR",
+}
 HEADS = {
     "direct": "gsr.models.direct:DirectHead",
     "field": "gsr.models.field:FieldHead",
     "official": "gsr.models.official:OfficialHead",
+    "bicubic": "gsr.models.bicubic:BicubicHead",
+    "liif": "gsr.models.liif:LIIFHead",
+    "lte": "gsr.models.lte:LTEHead",
 }
 MAX_SCALE = 1_000_000
 MAX_SIDE = 2**31 - 1  # of a result, pixels
@@ -30,13 +54,18 @@ MAX_SIDE = 2**31 - 1  # of a result, pixels
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
     """The encoder that `config.name` names."""
-    return ENCODERS[config.name](config)
+    return _named(ENCODERS[config.name])(config)
 
 
 def make_head(config: ModelConfig) -> nn.Module:
     """The head that `config.mode` names."""
-    module, name = HEADS[config.mode].split(":")
-    return getattr(import_module(module), name)(config)
+    return _named(HEADS[config.mode])(config)
+
+
+def _named(path: str) -> type[nn.Module]:
+    """The class that "module:name" means; only what a model needs is ever imported."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
 
 
 class GaussianSR(nn.Module):
@@ -115,7 +144,7 @@ class GaussianSR(nn.Module):
     def compile(self, **options) -> GaussianSR:
         """Have torch.compile make what is learnt into kernels; returns the model itself.
 
-        `encode` becomes one graph and the decoder of `official` and `field` another, each for all
+        `encode` becomes one graph and the decoder, where there is one, another, each for all
         picture sizes and scales; the splats are kernels already. `options` go to torch.compile.
         """
         options = {"dynamic": True, "fullgraph": True, **options}

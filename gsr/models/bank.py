@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
+from gsr.device import product_type
 from gsr.errors import InputError
 from gsr.models.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
@@ -176,12 +177,8 @@ class BankHead(nn.Module):
         Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
         """
         device = encoded.features.device.type
-        bf16 = (
-            torch.is_autocast_enabled(device)
-            and torch.get_autocast_dtype(device) == torch.bfloat16
-        )
+        dtype = product_type(device) or torch.float32
         with torch.autocast(device, enabled=False):
-            dtype = torch.bfloat16 if bf16 else torch.float32
             return self._render(encoded, size, scale, rows, band, shared, dtype)
 
     def _render(self, encoded: BankEncoded, size, scale, rows, band, shared, dtype) -> Tensor:

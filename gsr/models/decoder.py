@@ -198,7 +198,7 @@ class FourierDecoder(nn.Module):
         Matrices are multiplied in `dtype`, that of the waves if left out.
         """
         dtype = dtype or waves.dtype
-        x = self._modulated(waves, ry, rx, self.phase(cell), dtype)
+        x = modulated(waves, ry, rx, self.phase(cell), dtype)
         *hidden, last = self.layers
         for layer in hidden:
             if isinstance(layer, nn.Linear):
@@ -206,16 +206,6 @@ class FourierDecoder(nn.Module):
             else:  # in place where nothing needs it any more
                 x = layer(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
         return affine(x.to(last.weight.dtype), last.weight, last.bias) * 0.5 + 0.5
-
-    def _modulated(self, waves: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype) -> Tensor:
-        """Amplitudes times waves, [..., D] in `dtype`; phase [D / 2] in half turns."""
-        if _has_loops(waves, ry, rx, phase):
-            ry, rx = (r.expand(*waves.shape[:-1], 1) for r in (ry, rx))
-            return _loops().modulate(waves.float().contiguous(), ry, rx, phase, dtype)
-        d = self.coef.out_channels
-        coef, fy, fx = waves.to(phase.dtype).split([d, d // 2, d // 2], dim=-1)
-        phase = math.pi * (fy * ry + fx * rx + phase)
-        return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(dtype)
 
 
 def _equal(first: int, last: int, parts: int) -> list[tuple[int, int]]:
@@ -250,17 +240,35 @@ class _Waves:
         """splatted [B, c, n + 2, W], tall [B, C - c, n + 2, w]."""
         options = {"dtype": self.dtype, "memory_format": torch.channels_last}
         if self.at_lr:
-            # In float32: these are few channels, and what is added to them is float32.
-            narrow = splatted.float().contiguous(memory_format=torch.channels_last)
-            waves = F.conv2d(narrow, self.weight, self.bias, padding=(0, 1))
-            taps = F.conv2d(tall.to(**options), self.columns)
-            waves, taps = (t.permute(0, 2, 3, 1).float().contiguous() for t in (waves, taps))
-            return _loops().add_resized(waves, taps)
+            if splatted.shape[1]:
+                # In float32: these are few channels, and what is added to them is float32.
+                narrow = splatted.float().contiguous(memory_format=torch.channels_last)
+                waves = F.conv2d(narrow, self.weight, self.bias, padding=(0, 1))
+                waves = waves.permute(0, 2, 3, 1)
+            else:  # PyTorch convolves no empty tensors
+                waves = self.bias.repeat(len(tall), tall.shape[2] - 2, self.width, 1)
+            taps = F.conv2d(tall.to(**options), self.columns).permute(0, 2, 3, 1)
+            return _loops().add_resized(*(t.float().contiguous() for t in (waves, taps)))
         size = tall.shape[2], self.width
         rest = F.interpolate(tall, size, mode="bicubic", align_corners=False)
         features = torch.cat([splatted, rest], dim=1).to(**options)
         weight, bias = self.weight.to(self.dtype), self.bias.to(self.dtype)
         return F.conv2d(features, weight, bias, padding=(0, 1)).permute(0, 2, 3, 1)
+
+
+def modulated(waves: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype: torch.dtype) -> Tensor:
+    """Amplitudes times waves: [..., 2 D], [..., 1] twice and [D / 2] to [..., D] in `dtype`.
+
+    D amplitudes come first, then the D / 2 frequencies of y and those of x, in half turns a unit of
+    ry and rx; the phase is in half turns, too. Half the result goes with cosines, half with sines.
+    """
+    if _has_loops(waves, ry, rx, phase):
+        ry, rx = (r.expand(*waves.shape[:-1], 1) for r in (ry, rx))
+        return _loops().modulate(waves.float().contiguous(), ry, rx, phase, dtype)
+    d = waves.shape[-1] // 2
+    coef, fy, fx = waves.to(phase.dtype).split([d, d // 2, d // 2], dim=-1)
+    phase = math.pi * (fy * ry + fx * rx + phase)
+    return (coef * torch.cat([phase.cos(), phase.sin()], dim=-1)).to(dtype)
 
 
 def _has_loops(waves: Tensor, *rest: Tensor) -> bool:

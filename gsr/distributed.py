@@ -1,0 +1,145 @@
+"""Several processes that train one model, each on a share of every batch.
+
+`torchrun` starts the processes, on one machine or more, and tells each its place by environment
+variables. Without it every function here is that of a single process and does next to nothing.
+
+A process that fails must not leave the others waiting for it: what is done in common is preceded
+by `agree`, where a failure of one becomes the end of all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gsr.device import pick_device
+from gsr.errors import InputError
+
+PATIENCE = timedelta(hours=2)  # for the first process, which validates and writes alone
+# Groups end with the interpreter: DistributedDataParallel, were the last reference its own, would
+# hold the interpreter's lock as it waits for threads that may be waiting for that lock.
+_groups: list[dist.ProcessGroup] = []
+# One tensor for all calls: a thread of gloo that lets go of the last reference to one needs that
+# lock too, and at the interpreter's end the process would be aborted for it.
+_first = torch.zeros((), dtype=torch.int64)
+
+
+def started() -> int:
+    """Processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def count() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0; only process 0 writes and prints."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def place() -> tuple[int, int]:
+    """Number of this process among those on its machine, and how many those are."""
+    if count() == 1:
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that torchrun has started, for as long as the context lasts.
+
+    An InputError of one of them ends them all: the first prints its sentence, and every process
+    raises SystemExit(2). A single process keeps its InputError.
+    """
+    if started() > 1:
+        # nccl comes to life with the first tensor of a GPU; `agree` is about tensors of the CPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"the processes could not meet ({reason}): start them with torchrun"
+            ) from None
+        _groups.append(dist.group.WORLD)
+    try:
+        try:
+            yield
+        except InputError as error:
+            agree(error)
+            raise
+        agree()
+    finally:
+        if count() > 1:
+            time.sleep(0.2)  # for gloo's threads to let go of what they have sent, see above
+            dist.destroy_process_group()
+
+
+def agree(error: InputError | None = None) -> None:
+    """Wait for the others; raise SystemExit(2) in all if one of them came here with an error.
+
+    The sentence of the first of those is printed by then, and no other. Returns at once in a single
+    process, whatever the error.
+    """
+    if count() == 1:
+        return
+    _first.fill_(count() if error is None else rank())
+    dist.all_reduce(_first, dist.ReduceOp.MIN)
+    if _first == count():
+        return
+    if _first == rank():
+        print(f"gsr: error: {error}", file=sys.stderr, flush=True)
+    dist.all_reduce(_first)  # torchrun ends all once one has ended: it must have been printed
+    raise SystemExit(2)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of a float tensor over all processes; the tensor itself in a single one."""
+    if count() == 1:
+        return values
+    dist.all_reduce(values)
+    return values / count()
+
+
+def pick(name: str) -> torch.device:
+    """The device that `train.device` means for this process: a GPU each, or the CPU.
+
+    Raises:
+        InputError: it names one device for several processes, or there are more than GPUs.
+    """
+    if count() == 1:
+        return pick_device(name)
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"train.device {name} does not serve {count()} processes: use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return pick_device(name)
+    (local, here), gpus = place(), torch.cuda.device_count()
+    if local >= gpus:
+        raise InputError(
+            f"torchrun started {here} processes on a machine of {gpus} GPUs: give "
+            f"--nproc_per_node {gpus}, or train.device=cpu"
+        )
+    device = pick_device(f"cuda:{local}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, its gradients averaged over all processes; itself in a single process.
+
+    All start from the weights of process 0.
+    """
+    if count() == 1:
+        return module
+    agree()
+    return nn.parallel.DistributedDataParallel(module)

@@ -1,0 +1,70 @@
+"""The `lte` head (Lee, Jin, CVPR 2022): a local ensemble of MLPs that see learnt waves.
+
+At every LR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves
+at a position relative to the pixel, with a phase for the cell, go through an MLP. The LR picture,
+enlarged bilinearly, is added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsr.config import LTEConfig, ModelConfig
+from gsr.models.decoder import modulated
+from gsr.models.liif import EnsembleHead, make_layers, perceptron
+
+
+class LTEEncoded(NamedTuple):
+    """A picture as waves."""
+
+    waves: Tensor  # [B, 2 D, h, w]: D amplitudes, D / 2 frequencies down the rows, D / 2 along them
+    lr: Tensor  # [B, 3, h, w]
+
+
+class LTEDecoder(nn.Module):
+    """Waves, relative position and cell to a colour, less that of the LR picture.
+
+    The phase takes the cell of `scale_max` at larger scales: beyond those of the training it has
+    not been learnt.
+
+    Source: LTE, section 3, equations 5 to 8; the limit of the cell is the published evaluation's.
+    """
+
+    def __init__(self, in_channels: int, config: LTEConfig):
+        super().__init__()
+        self.least_cell = 2 / config.scale_max
+        d = config.hidden_dim
+        self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
+        self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
+        self.phase = nn.Linear(2, d // 2, bias=False)
+        self.layers = make_layers([d, *config.hidden_list])
+
+    def encode(self, features: Tensor, lr: Tensor) -> LTEEncoded:
+        """Both convolutions as one; channels of freq come in pairs (y, x)."""
+        both = []
+        for coef, freq in ((self.coef.weight, self.freq.weight), (self.coef.bias, self.freq.bias)):
+            both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
+        return LTEEncoded(F.conv2d(features, *both, padding=1), lr)
+
+    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
+        """Waves [..., 2 D], relative position [..., 1] twice in half LR pixels, cell [2] of an HR
+        pixel in these, to [..., 3] around 0; matrices but the last multiplied in `dtype`."""
+        dtype, phase = dtype or waves.dtype, self.phase(cell.clamp(min=self.least_cell))
+        ry, rx = ry.to(waves.dtype), rx.to(waves.dtype)
+        return perceptron(modulated(waves, ry, rx, phase, dtype), self.layers, dtype) * 0.5
+
+
+class LTEHead(EnsembleHead):
+    """Head of `lte`.
+
+    Args:
+        config: `encoder.n_feats` and `lte` are used.
+    """
+
+    def __init__(self, config: ModelConfig):
+        decoder = LTEDecoder(config.encoder.n_feats, config.lte)
+        super().__init__(decoder, 2 * config.lte.hidden_dim + 3)

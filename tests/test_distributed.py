@@ -1,0 +1,161 @@
+"""Several processes on the CPU: they train as one does, and end together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gsr import distributed
+from gsr.config import load_config
+from gsr.errors import InputError
+from gsr.training import Trainer
+from tests.children import finish, start_ranks
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    f"data.train={ROOT / 'tests' / 'data' / 'photos'}", "data.patch=12", "data.queries=64",
+    "data.batch=4", "data.val_count=1", "model.encoder.n_feats=12", "model.encoder.n_blocks=1",
+    "model.direct.width=4", "model.bank.points=9", "model.decoder.hidden_dim=16",
+    "model.decoder.hidden_list=[16]", "train.threads=1", "train.steps=6", "train.lr=1e-3",
+    "train.device=cpu",
+]  # fmt: skip
+FAILS = """
+import os
+def fsync(handle):
+    raise OSError(28, "No space left on device")
+"""
+
+
+def alone(folder, *overrides):
+    config = load_config(ROOT / "configs" / "smoke.yaml", [*TINY, f"output={folder}", *overrides])
+    trainer = Trainer(config)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.fit(progress=False)
+    return before
+
+
+def weights(folder):
+    return load_file(folder / "smoke" / "model" / "model.safetensors")
+
+
+def apart(a, b):
+    """Distance of two sets of weights."""
+    return sum((a[k] - b[k]).double().square().sum() for k in a).sqrt().item()
+
+
+@pytest.mark.parametrize(
+    "mode, overrides",
+    [
+        ("direct", []),
+        ("field", []),
+        ("direct", ["train.accumulate=2", "train.ema=0.9", "train.clip=0.1", "data.cache=mmap"]),
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, mode, overrides):
+    overrides = [f"model.mode={mode}", f"data.cache_dir={tmp_path / 'cache'}", *overrides]
+    start = alone(tmp_path / "one", *overrides, "train.accumulate=1")
+    output = f"output={tmp_path / 'two'}"
+    children, outputs = start_ranks(tmp_path, 2, *TINY, output, *overrides)
+    assert finish(*children) == [0, 0], outputs[0].read_text() + outputs[1].read_text()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = apart(one, start)
+    assert moved > 1e-3
+    assert apart(one, two) < 1e-3 * moved
+    # Process 0 alone speaks, and logs the loss of the whole batch.
+    assert "smoke: psnr" in outputs[0].read_text() and not outputs[1].read_text()
+    losses = [
+        json.loads((tmp_path / run / "smoke" / "log.jsonl").read_text().splitlines()[0])["loss"]
+        for run in ("one", "two")
+    ]
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
+    assert len(list((tmp_path / "two" / "smoke" / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_goes_on_with_more_processes(tmp_path):
+    alone(tmp_path / "one", "train.schedule=step")
+    half = ["train.schedule=step", "train.steps=3"]
+    start = alone(tmp_path / "two", *half)
+    argv = [*TINY, f"output={tmp_path / 'two'}", "train.schedule=step", "--resume"]
+    children, outputs = start_ranks(tmp_path, 2, *argv)
+    assert finish(*children) == [0, 0], outputs[0].read_text()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert apart(one, two) < 1e-3 * apart(one, start)
+
+
+def refused(tmp_path, *argv, before=()):
+    """The one sentence that two processes end with, both with exit code 2."""
+    output = f"output={tmp_path / 'run'}"
+    children, outputs = start_ranks(tmp_path, 2, *TINY, output, *argv, before=before)
+    text = "".join(path.read_text() for path in outputs if path.exists())
+    assert finish(*children) == [2, 2], text
+    lines = "".join(path.read_text() for path in outputs).splitlines()
+    (said,) = [line for line in lines if line.strip() and ("step" not in line or "error" in line)]
+    return said
+
+
+def test_a_batch_that_cannot_be_shared(tmp_path):
+    assert "data.batch 5 cannot be cut into equal parts for 2 processes" in refused(
+        tmp_path, "data.batch=5"
+    )
+
+
+def test_one_device_for_all(tmp_path):
+    assert "train.device cuda:1 does not serve 2 processes" in refused(
+        tmp_path, "train.device=cuda:1"
+    )
+
+
+def test_a_picture_that_one_process_cannot_read(tmp_path):
+    """Each process looks at half of the pictures; the second is the share of the other one."""
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / "data" / f"{i}.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "1.png")
+    said = refused(
+        tmp_path, f"data.train={tmp_path / 'data'}", f"data.val={ROOT / 'tests' / 'data'}",
+        "data.cache=none",
+    )  # fmt: skip
+    assert said.startswith("gsr: error: ") and "1.png is 20 x 20 pixels" in said
+
+
+def test_a_disk_that_is_full_for_the_one_that_writes(tmp_path):
+    full = (
+        FAILS
+        + "import gsr.training\n"
+        + (
+            "save = gsr.training.Trainer._save\n"
+            "def fails(self):\n    os.fsync = fsync\n    save(self)\n"
+            "gsr.training.Trainer._save = fails\n"
+        )
+    )
+    said = refused(tmp_path, "train.save_every=2", before=[(0, full)])
+    assert "cannot be written at step 2 (No space left on device): free some space" in said
+
+
+def test_alone_there_is_nobody_to_ask():
+    assert (distributed.rank(), distributed.count(), distributed.place()) == (0, 1, (0, 1))
+    distributed.agree(InputError("mine"))
+    values, module = torch.ones(3), torch.nn.Linear(1, 1)
+    assert distributed.mean(values) is values and distributed.parallel(module) is module
+    with pytest.raises(InputError, match="mine"), distributed.together():
+        raise InputError("mine")
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "train.py", "--config", "configs/smoke.yaml", *TINY, f"output={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("psnr") == 1
+    wrong = subprocess.run([*command, "data.batch=5"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode != 0 and wrong.stderr.count("data.batch 5 cannot be cut") == 1
+    # torchrun ends with 1 and its own report; a process that was slower to leave it ends itself.
+    assert "exitcode  : 2" in wrong.stderr
