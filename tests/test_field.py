@@ -244,6 +244,17 @@ def test_few_pixels_are_decoded_at_a_time(mode, monkeypatch):
         assert max(pixels) <= decoder.QUERIES and sum(pixels) == 2 * 20_000
 
 
+@torch.no_grad()
+def test_autocast_is_for_the_decoder_alone():
+    """Not for the splat, nor for the layers that stay float32."""
+    model, size = make(), (18, 22)
+    encoded = model.encode(picture())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.render(encoded, size)
+    want = model.head._render(encoded, size, (2, 2), None, None, None, torch.bfloat16)
+    assert torch.equal(got, want) and not torch.equal(got, model.render(encoded, size))
+
+
 def test_each_pixel_has_its_own_mean_gaussian():
     bank, weights = GaussianBank(4), torch.rand(2, 4, 3, 5)
     with torch.no_grad():

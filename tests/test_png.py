@@ -1,13 +1,14 @@
 """PNG files written by rows: Pillow reads back what went in, and no half of one is ever there."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from gsr.errors import InputError
-from gsr.png import COLOURS, png_writer
+from gsr.png import COLOURS, _paeth, png_writer
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -70,3 +71,16 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
         with png_writer(tmp_path / "a.png", (2, 2), 3) as write:
             write(np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())
+
+
+def test_paeth_breaks_ties_as_the_specification_says():
+    """Section 9.4: left before above before above left."""
+
+    def one(a, b, c):
+        p = a + b - c
+        return min((a, b, c), key=lambda x: abs(p - x))  # the first of equals
+
+    values = [0, 1, 2, 3, 7, 128, 253, 255]
+    near = np.array(list(itertools.product(values, repeat=3)), np.int16).T
+    want = [one(*(int(x) for x in column)) for column in near.T]
+    assert _paeth(*near).tolist() == want
