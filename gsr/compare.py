@@ -202,7 +202,7 @@ def seconds_to_enlarge(enlarge: Callable[[Tensor, tuple[int, int]], Tensor]) -> 
 
 
 def training_seconds(folder: Path) -> float | None:
-    """Time that a run's steps took, over all its sessions, from the rates in its log.jsonl.
+    """Time that a run's steps took, over all its starts, from the rates in its log.jsonl.
 
     Steps between the last row before an interruption and the state from which it went on count at
     the rate after it. None if there is no rate.

@@ -65,7 +65,7 @@ def run(
         return lr[..., first:end, :].detach().to(_device(model), torch.float32)
 
     out = torch.empty(lr.shape[0], 3, *size, dtype=torch.float32, device=lr.device)
-    with _bar(progress) as bar, _inference(model):
+    with _bar(progress) as bar, inference(model):
         work = _Work(model, source, lr.shape, size, scale, precision, bar)
         work.fit(max_memory, out.nbytes)
         for first, end, strip in work.strips():
@@ -335,7 +335,7 @@ def estimate(
 
 
 @contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
+def inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients within; every module's own training flag restored after."""
     before = [(module, True) for module in model.modules() if module.training]
     if before:
@@ -512,7 +512,7 @@ def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int
         return rows / 255 if lr.dtype == torch.uint8 else rows
 
     shape = (1, 3, *lr.shape[-2:])
-    with _inference(model):
+    with inference(model):
         work = _Work(model, source, shape, out, scales, precision, bar)
         work.fit(max_memory, result)
         for start, stop, strip in work.strips():

@@ -20,7 +20,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gsr.errors import InputError
+from gsr.infer import inference
 from gsr.models.bank import BankHead, assign
 from gsr.models.direct import DirectHead
 from gsr.models.official import OfficialHead, whole_windows, window_kernels, window_side
@@ -120,7 +120,7 @@ def survey(
     first, end = (0, height) if whole else (max(0, box.top - reach), box.bottom + reach)
     sums = {name: _Sum() for name in ("opacity", "sigma_y", "sigma_x", "rho")}
     opacity, classes, kept, done = [], [], None, 0
-    with _looking(model), tqdm(total=height, unit="row", disable=not progress) as bar:
+    with inference(model), tqdm(total=height, unit="row", disable=not progress) as bar:
         for band in _bands(model, picture):
             f = band.tensors
             sigma_y, sigma_x = f.sigma.unbind(2)
@@ -199,19 +199,6 @@ def _bands(model: GaussianSR, picture: np.ndarray) -> Iterator[Band]:
         band = stream.feed(Band(first, (source(first, end),)), end == height)
         if band is not None:
             yield band
-
-
-@contextmanager
-def _looking(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients within; every module's own training flag restored after."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 class _Sum:
