@@ -36,6 +36,7 @@ from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.evaluation import (
     SCALES,
+    add_protocol,
     describe_model,
     describe_protocol,
     describe_run,
@@ -45,7 +46,6 @@ from gsr.evaluation import (
 )
 from gsr.image import write_atomic
 from gsr.infer import run
-from gsr.metrics import PROTOCOLS
 from gsr.models import GaussianSR
 from gsr.paths import make_folder
 from gsr.training import MAY_CHANGE, Trainer
@@ -587,21 +587,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FOLDER",
         help="validation pictures (default with --data: some of it, set aside)",
     )
-    parser.add_argument(
-        "--scale",
-        nargs="+",
-        type=float,
-        default=list(SCALES),
-        metavar="S",
-        help="any scales from 1 (default: 2 3 4)",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="benchmark",
-        help="benchmark: luma, shave s (default); div2k: RGB, shave s + 6",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of a set")
+    add_protocol(parser)
     parser.add_argument(
         "--allow-differences",
         action="store_true",

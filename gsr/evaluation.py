@@ -857,6 +857,25 @@ def _box(text: str) -> reports.Box:
     return x, y, w, h
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """The options that say how sets are measured: --scale, --protocol and --limit."""
+    parser.add_argument(
+        "--scale",
+        nargs="+",
+        type=float,
+        default=list(SCALES),
+        metavar="S",
+        help="any scales from 1 (default: 2 3 4)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="benchmark",
+        help="benchmark: luma, shave s (default); div2k: RGB, shave s + 6",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of a set")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -877,20 +896,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="HR pictures, or HR/ with LR_bicubic/X2/NAMEx2.png",
     )
-    parser.add_argument(
-        "--scale",
-        nargs="+",
-        type=float,
-        default=list(SCALES),
-        metavar="S",
-        help="any scales from 1 (default: 2 3 4)",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="benchmark",
-        help="benchmark: luma, shave s (default); div2k: RGB, shave s + 6",
-    )
+    add_protocol(parser)
     parser.add_argument(
         "--ensemble",
         action="store_true",
@@ -939,7 +945,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="what the model makes, as FOLDER/SET/xS/NAME.png (of several: FOLDER/MODEL/SET/...)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of a set")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     return parser

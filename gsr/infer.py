@@ -120,10 +120,10 @@ class _Work:
 
     def _bytes(self, band: int, strip: int) -> int:
         """What bands and strips of so many rows take, from the peaks of many runs."""
-        (h, w), c = self.lr_size, self.model.config.encoder.n_feats
-        # A band in the encoder, and the rows that each of its convolutions keeps.
         from gsr.models.decoder import STRIP
 
+        (h, w), c = self.lr_size, self.model.config.encoder.n_feats
+        # A band in the encoder, and the rows that each of its convolutions keeps.
         pixel, column = getattr(self.model.encoder, "floats", (20 * c, 4 * self.model.halo * c))
         pixel += 4 * getattr(self.model.head, "floats", 0)  # what it makes of features, twice
         lr = 4 * w * (pixel * min(band, h) + column)

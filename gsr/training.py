@@ -128,10 +128,8 @@ def show(board, model: GaussianSR, pair: tuple[int, Tensor, Tensor], step: int) 
 
 
 def _show_gaussians(board, model: GaussianSR, picture: np.ndarray, step: int) -> None:
-    try:
-        from gsr.inspection import draw_gaussians
-    except ImportError:
-        return
+    from gsr.inspection import draw_gaussians
+
     drawn = draw_gaussians(model, picture)
     board.add_image("val/gaussians", drawn, step, dataformats="HWC")
 

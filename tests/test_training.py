@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from gsr import inspection
 from gsr.checkpoint import load_model
 from gsr.config import load_config
 from gsr.data import Batch, pixel_coords
 from gsr.errors import InputError
 from gsr.image import to_uint8
+from gsr.inspection import draw_gaussians
 from gsr.models.bank import assign
 from gsr.resize import bicubic
 from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
@@ -121,7 +122,7 @@ def test_killed_ten_times_and_resumed_is_never_killed(tmp_path):
     """SIGKILL at random moments, five of them inside the writing of a file that has been chosen."""
     steps = ["train.steps=80", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
     options = [*TINY, *steps, "train.ema=0.9", "train.keep=2"]
-    quick = "import sys; sys.modules['gsr.inspection'] = None\n"  # no drawings
+    quick = "import gsr.training; gsr.training._show_gaussians = lambda *given: None\n"
     first = start(tmp_path / "out", f"output={tmp_path / 'whole'}", *options, before=quick)
     assert finish(first) == [0]
     run, draw = tmp_path / "killed" / "smoke", random.Random(0)
@@ -326,9 +327,7 @@ def shown(event):
 @pytest.mark.parametrize("mode", ["direct", "field", "official"])
 def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
     drawn = np.full((4, 5, 3), 7, np.uint8)
-    module = type(sys)("gsr.inspection")
-    module.draw_gaussians = lambda model, picture, zoom=8: drawn
-    monkeypatch.setitem(sys.modules, "gsr.inspection", module)
+    monkeypatch.setattr(inspection, "draw_gaussians", lambda model, picture: drawn)
     c = config(
         tmp_path, f"model.mode={mode}", "train.steps=2", "train.val_every=1",
         "model.bank.points=9", "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
@@ -362,18 +361,11 @@ def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
 
 
 def test_the_real_drawing_of_gaussians(tmp_path):
-    inspect = pytest.importorskip("gsr.inspection")
     trainer = Trainer(config(tmp_path, "train.steps=1"))
     trainer.fit(progress=False)
     _, lr, _ = next(pair for pair in trainer.pairs if pair[0] == 4)
     (event,) = watched(tmp_path).Images("val/gaussians")
-    assert np.array_equal(shown(event), inspect.draw_gaussians(trainer.model, to_uint8(lr), zoom=8))
-
-
-def test_without_a_drawing_there_is_no_picture_of_gaussians(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gsr.inspection", None)
-    Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
-    assert watched(tmp_path).Tags()["images"] == ["val/bicubic_ours_hr"]
+    assert np.array_equal(shown(event), draw_gaussians(trainer.model, to_uint8(lr), zoom=8))
 
 
 def test_schedules():

@@ -126,8 +126,8 @@ class FourierDecoder(nn.Module):
         [B, C - c, last - first, w]. On the CPU it is called by several threads at a time.
         """
         first, last = rows or (0, size[0])
-        weight, bias = self._merged()
-        cell = _cell(weight, lr_size, size)
+        weight, bias = merged(self.coef, self.freq)
+        cell = relative_cell(weight, lr_size, size)
         ry, rx = (
             relative(pixel_centres(n_hr, weight.device), n).to(weight.dtype)
             for n, n_hr in zip(lr_size, size, strict=True)
@@ -171,9 +171,9 @@ class FourierDecoder(nn.Module):
         each, gives the features around these [b, n, 9, C], row by row and zero beyond the picture.
         coef and freq of a point are those of the nearest HR pixel.
         """
-        weight, bias = self._merged()
+        weight, bias = merged(self.coef, self.freq)
         weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
-        cell, out, most = _cell(weight, lr_size, size), [], at_once(QUERIES, weight)
+        cell, out, most = relative_cell(weight, lr_size, size), [], at_once(QUERIES, weight)
         # Pictures apart: a part of the queries of all would give gradients of all their features.
         pictures = max(1, most // coord.shape[1])
         for points, *part in zip(*(t.split(pictures) for t in (coord, *tensors)), strict=True):
@@ -184,13 +184,6 @@ class FourierDecoder(nn.Module):
                 rgb.append(self.rgb(waves, ry.to(waves.dtype), rx.to(waves.dtype), cell))
             out.append(torch.cat(rgb, dim=1))
         return torch.cat(out)
-
-    def _merged(self) -> tuple[Tensor, Tensor]:
-        """coef and freq as one convolution, the frequencies of y before those of x."""
-        both = []
-        for coef, freq in ((self.coef.weight, self.freq.weight), (self.coef.bias, self.freq.bias)):
-            both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
-        return both[0], both[1]
 
     def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
         """[..., 2 D], relative coordinate [..., 1] twice, relative cell [2] to [..., 3].
@@ -283,7 +276,16 @@ def _has_loops(waves: Tensor, *rest: Tensor) -> bool:
     )
 
 
-def _cell(like: Tensor, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def merged(coef: nn.Conv2d, freq: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of both as one convolution, the frequencies of y before those of x."""
+    weight, bias = (
+        torch.cat([getattr(coef, name), getattr(freq, name)[0::2], getattr(freq, name)[1::2]])
+        for name in ("weight", "bias")
+    )
+    return weight, bias
+
+
+def relative_cell(like: Tensor, lr_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Side of an HR pixel in LR half pixels, (y, x): [2]."""
     return like.new_tensor([2 / n_hr * n for n, n_hr in zip(lr_size, size, strict=True)])
 

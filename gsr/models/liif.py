@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gsr.config import LIIFConfig, ModelConfig
 from gsr.device import at_once, each, product_type
-from gsr.models.decoder import QUERIES, affine
+from gsr.models.decoder import QUERIES, affine, relative_cell
 from gsr.ops import rows_needed
 
 PIXELS = 2**9  # HR pixels that a thread decodes at a time: 2 MB a layer, which stay in the cache
@@ -102,7 +102,7 @@ class EnsembleHead(nn.Module):
         top, height = band or (0, h)
         device = encoded[0].device
         x = beside(centres(0, size[1], w, size[1], device), w)
-        cell = _cell(encoded[0], (height, w), size)
+        cell = relative_cell(encoded[0], (height, w), size)
         out = encoded[0].new_empty(b, 3, last - first, size[1])
 
         def decode(part: tuple[int, int, int, int, int]) -> None:
@@ -128,7 +128,7 @@ class EnsembleHead(nn.Module):
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """See `GaussianSR.query`."""
         lr_size = encoded[0].shape[-2:]
-        cell = _cell(encoded[0], lr_size, size)
+        cell = relative_cell(encoded[0], lr_size, size)
         # Pictures apart: a part of the queries of all would give gradients of all their codes.
         most, out = at_once(QUERIES, encoded[0]), []
         n = max(1, most // coord.shape[1])
@@ -155,11 +155,6 @@ class EnsembleHead(nn.Module):
             rgb = rgb + _pick(encoded.lr, index)
         weight = y.weight[..., :, None] * x.weight[..., None, :]
         return (rgb * weight[..., None]).sum(dim=(-3, -2))
-
-
-def _cell(like: Tensor, lr_size, size) -> Tensor:
-    """Side of an HR pixel in LR half pixels, (y, x): [2]."""
-    return like.new_tensor([2 * n / n_hr for n, n_hr in zip(lr_size, size, strict=True)])
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

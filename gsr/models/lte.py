@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import LTEConfig, ModelConfig
-from gsr.models.decoder import modulated
+from gsr.models.decoder import merged, modulated
 from gsr.models.liif import EnsembleHead, make_layers, perceptron
 
 
@@ -45,10 +44,7 @@ class LTEDecoder(nn.Module):
 
     def encode(self, features: Tensor, lr: Tensor) -> LTEEncoded:
         """Both convolutions as one; channels of freq come in pairs (y, x)."""
-        both = []
-        for coef, freq in ((self.coef.weight, self.freq.weight), (self.coef.bias, self.freq.bias)):
-            both.append(torch.cat([coef, freq[0::2], freq[1::2]]))
-        return LTEEncoded(F.conv2d(features, *both, padding=1), lr)
+        return LTEEncoded(F.conv2d(features, *merged(self.coef, self.freq), padding=1), lr)
 
     def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
         """Waves [..., 2 D], relative position [..., 1] twice in half LR pixels, cell [2] of an HR
