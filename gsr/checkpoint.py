@@ -19,7 +19,7 @@ from gsr.paths import make_folder, usable
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-FORMAT = 1  # of config.json; raised when older code could not read it any more
+FORMAT = 2  # of config.json; raised when older code could not read it any more
 BUNDLED = Path(__file__).parent / "weights" / "gsr-lite"
 _FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
 
@@ -152,17 +152,20 @@ def _read_config(path: Path) -> ModelConfig:
         raise InputError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold an object with the keys format and model")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (1, FORMAT):
         raise InputError(
-            f"{path} has format {content.get('format')!r}, but this version of gsr reads format "
-            f"{FORMAT}; update gsr or save the model again"
+            f"{path} has format {content.get('format')!r}, but this version of gsr reads formats "
+            f"up to {FORMAT}; update gsr or save the model again"
         )
     if "model" not in content:
         raise InputError(f"{path} has no key model")
     try:
-        return from_dict(_File, content).model
+        model = from_dict(_File, content).model
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if content["format"] == 1:  # written when it was a constant
+        model.direct.reach = 0.75
+    return model
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:

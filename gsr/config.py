@@ -50,6 +50,7 @@ class DirectConfig:
 
     gaussians: int = 4  # K, Gaussians per LR pixel
     radius: int = 1  # r, a HR pixel sums over the (2r + 1)^2 nearest LR pixels
+    reach: float = 0.5  # farthest offset from the LR pixel, LR pixels; the rest is left to sigma
     normalize: bool = True  # divide by the total weight
     width: int = 64  # hidden channels of the head
 
@@ -72,6 +73,7 @@ class DecoderConfig:
 
     hidden_dim: int = 256  # channels of coef and freq; even
     hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256, 256])  # MLP widths
+    skip: bool = False  # decode what the bicubic enlargement lacks; never in official
 
 
 @dataclass
@@ -225,6 +227,7 @@ CHECKS: dict[type, list[tuple]] = {
         *_between(1, 256, "gaussians"),
         *_between(1, 16, "radius"),
         *_between(1, WIDEST, "width"),
+        (("reach", "radius"), lambda c: 0.5 <= c.reach <= c.radius, "from 0.5 to radius"),
     ],
     BankConfig: [
         *_between(1, WIDEST, "channels"),
@@ -251,6 +254,11 @@ CHECKS: dict[type, list[tuple]] = {
         *_above_zero("scale_max"),
     ],
     ModelConfig: [
+        (
+            ("decoder.skip", "mode"),
+            lambda c: c.mode != "official" or not c.decoder.skip,
+            "false in mode official, which is as published",
+        ),
         (
             ("bank.channels", "encoder.n_feats", "mode"),
             lambda c: c.mode not in ("field", "official") or c.bank.channels < c.encoder.n_feats,

@@ -37,6 +37,12 @@ def bicubic(
     return F.interpolate(tall, (rows[1] - rows[0], size[1]), mode="bicubic", align_corners=False)
 
 
+def bicubic_at(x: Tensor, coord: Tensor) -> Tensor:
+    """`bicubic` at `coord` [B, Q, 2], (y, x) in [-1, 1], of x [B, C, h, w]: [B, Q, C]."""
+    out = F.grid_sample(x, coord.flip(-1)[:, None], "bicubic", "border", align_corners=False)
+    return out[:, :, 0].mT
+
+
 def bicubic_rows(
     x: Tensor, height: int, rows: tuple[int, int], band: tuple[int, int] | None = None
 ) -> Tensor:

@@ -98,7 +98,7 @@ def test_no_seams_where_windows_change(radius, normalize):
         for side in (-1e-5, 1e-5)
     ]  # fmt: skip
     assert (sides[0] - sides[1]).abs().max() < 0.05
-    assert sides[0].abs().max() > 0.3
+    assert sides[0].abs().max() > 0.1
 
 
 def test_any_size_from_one_encoding(model):

@@ -1,5 +1,7 @@
 """The `field` head: a continuous field that depends on nothing it should not; the bank it uses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -140,7 +142,7 @@ def test_constant_features_stay_constant(size, extreme):
     one_hot = torch.zeros(1, 9, 9, 11).scatter_(1, chosen, 1)
     constant = torch.tensor([0.0, 1.0, -3.0, 17.0])[None, :, None, None]
     features = torch.cat([constant.expand(1, 4, 9, 11), torch.zeros(1, 8, 9, 11)], dim=1)
-    encoded = BankEncoded(features, model.head.bank(one_hot))
+    encoded = BankEncoded(features, model.head.bank(one_hot), features[:, :0])
     splatted = model.head.splat_rows(encoded, size, None)(0, size[0])
     torch.testing.assert_close(splatted, constant.expand_as(splatted), atol=0, rtol=1e-5)
 
@@ -163,7 +165,8 @@ def test_sigma_and_position_have_rows_first():
     gaussians[:, 0, 4, 6] = 0.8
     features = torch.zeros(1, 12, 9, 11)
     features[:, :4, 4, 6] = 1
-    splatted = model.head.splat_rows(BankEncoded(features, gaussians), (9 * s, 11 * s), None)(0, 81)
+    encoded = BankEncoded(features, gaussians, features[:, :0])
+    splatted = model.head.splat_rows(encoded, (9 * s, 11 * s), None)(0, 81)
     assert splatted[0, 0].argmax() == (4 * s + s // 2) * 11 * s + 6 * s + s // 2
     y, x = 4 * s + s // 2, 6 * s + s // 2
     assert splatted[0, 0, y + s, x] > 3 * splatted[0, 0, y, x + s]
@@ -339,8 +342,39 @@ def test_a_gaussian_ends_with_its_window(window):
     features = torch.zeros(1, 12, 11, 11)
     features[:, :4, 5, 5] = 1
     gaussians = torch.tensor([model.head.bank.high] * 2 + [0.5, 0.0])[None, :, None, None]
-    encoded = BankEncoded(features, gaussians.expand(1, 4, 11, 11))
+    encoded = BankEncoded(features, gaussians.expand(1, 4, 11, 11), features[:, :0])
     lit = model.head.splat_rows(encoded, (44, 44), None)(0, 44)[0, 0]
     first, last = (lit.amax(1) > 0).nonzero()[[0, -1], 0].tolist()
     assert (first, last) == (22 - 2 * window, 21 + 2 * window)
     assert lit[first].max() < 2e-3 * lit.max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["field", "bicubic"])
+def test_a_skip_connection_adds_the_bicubic_enlargement(mode):
+    plain = make(window=3)
+    config = replace(plain.config, mode=mode)
+    without = GaussianSR(config).eval()
+    added = GaussianSR(replace(config, decoder=replace(config.decoder, skip=True))).eval()
+    for model in (without, added):
+        model.load_state_dict(plain.state_dict(), strict=mode == "field")
+    lr, size = picture(b=2), (31, 25)
+    base = bicubic(lr, size) - 0.5
+    close(added(lr, size=size), without(lr, size=size) + base)
+    encoded = added.encode(lr)
+    close(added.render(encoded, size, rows=(9, 20)), added(lr, size=size)[:, :, 9:20])
+    first, last = added.rows_needed((9, 20), (9, 11), size)
+    assert last - first < 9
+    band = type(encoded)._make(t[:, :, first:last] for t in encoded)
+    close(
+        added.render(band, size, rows=(9, 20), band=(first, 9)),
+        added(lr, size=size)[:, :, 9:20],
+    )
+    coord = pixel_coords(torch.arange(31 * 25), size).expand(2, -1, -1)
+    close(added(lr, size=size, coord=coord).mT.view(2, 3, *size), added(lr, size=size))
+
+
+def test_official_has_no_skip_connection():
+    config = ModelConfig(mode="official", decoder=DecoderConfig(skip=True))
+    with pytest.raises(InputError, match="decoder.skip must be false in mode official"):
+        GaussianSR(config)

@@ -129,6 +129,7 @@ class BankEncoded(NamedTuple):
 
     features: Tensor  # [B, C, h, w]
     gaussians: Tensor  # [B, 4, h, w], in the order of `GaussianBank.table`
+    base: Tensor  # see `FourierDecoder.base`
 
 
 class BankHead(nn.Module):
@@ -160,7 +161,7 @@ class BankHead(nn.Module):
             if features.dtype in (torch.float16, torch.bfloat16):  # HR is always fp32
                 features, logits = features.float(), logits.float()
             weights = assign(logits, kind, not self.training, self.seeds if self.training else None)
-            return BankEncoded(features, self.bank(weights))
+            return BankEncoded(features, self.bank(weights), self.decoder.base(lr))
 
     def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
         """First and end of the LR rows on which HR rows depend."""
@@ -179,7 +180,8 @@ class BankHead(nn.Module):
         device = encoded.features.device.type
         dtype = product_type(device) or torch.float32
         with torch.autocast(device, enabled=False):
-            return self._render(encoded, size, scale, rows, band, shared, dtype)
+            out = self._render(encoded, size, scale, rows, band, shared, dtype)
+            return self.decoder.over(out, encoded.base, size, rows, band)
 
     def _render(self, encoded: BankEncoded, size, scale, rows, band, shared, dtype) -> Tensor:
         splat = self.splat_rows(encoded, size, scale, band, shared)
@@ -202,7 +204,9 @@ class BankHead(nn.Module):
             return neighbourhoods(features, splat(rest, y, x), size, y, x)
 
         lr_size = encoded.features.shape[-2:]
-        return self.decoder.query(neighbours, (encoded.features, *tensors), coord, lr_size, size)
+        tensors = encoded.features, *tensors
+        out = self.decoder.query(neighbours, tensors, coord, lr_size, size)
+        return self.decoder.over_at(out, encoded.base, coord)
 
     def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
         """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""

@@ -22,6 +22,7 @@ class BicubicEncoded(NamedTuple):
     """A picture as features."""
 
     features: Tensor  # [B, C, h, w]
+    base: Tensor  # see `FourierDecoder.base`
 
 
 class BicubicHead(nn.Module):
@@ -39,7 +40,7 @@ class BicubicHead(nn.Module):
 
     def encode(self, features: Tensor, lr: Tensor) -> BicubicEncoded:
         half = features.dtype in (torch.float16, torch.bfloat16)  # HR is always fp32
-        return BicubicEncoded(features.float() if half else features)
+        return BicubicEncoded(features.float() if half else features, self.decoder.base(lr))
 
     def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
         """First and end of the LR rows on which HR rows depend."""
@@ -63,7 +64,8 @@ class BicubicHead(nn.Module):
         lr_size, device = (h if band is None else band[1], w), features.device.type
         dtype = product_type(device) or torch.float32
         with torch.autocast(device, enabled=False):
-            return self.decoder.render(strip, 0, b, lr_size, size, rows, dtype)
+            out = self.decoder.render(strip, 0, b, lr_size, size, rows, dtype)
+            return self.decoder.over(out, encoded.base, size, rows, band)
 
     def query(self, encoded: BicubicEncoded, size, coord: Tensor, scale=None) -> Tensor:
         """See `GaussianSR.query`."""
@@ -72,4 +74,6 @@ class BicubicHead(nn.Module):
             (features,) = tensors
             return neighbourhoods(features, features.new_empty(*y.shape, 9, 0), size, y, x)
 
-        return self.decoder.query(neighbours, encoded, coord, encoded.features.shape[-2:], size)
+        lr_size = encoded.features.shape[-2:]
+        out = self.decoder.query(neighbours, encoded[:1], coord, lr_size, size)
+        return self.decoder.over_at(out, encoded.base, coord)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
 from gsr.device import at_once, each
-from gsr.resize import cubic
+from gsr.resize import bicubic, bicubic_at, cubic
 
 STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
 QUERIES = 2**12  # HR pixels decoded at a time where single ones are asked for
@@ -89,14 +89,14 @@ class FourierDecoder(nn.Module):
 
     Args:
         in_channels: C.
-        config: widths.
+        config: widths, and whether what comes out is added to the bicubic enlargement.
 
     Source: GaussianSR (AAAI 2025), section 3.4, after LTE (CVPR 2022), section 3.
     """
 
     def __init__(self, in_channels: int, config: DecoderConfig):
         super().__init__()
-        d = config.hidden_dim
+        d, self.skip = config.hidden_dim, config.skip
         self.coef = nn.Conv2d(in_channels, d, 3, padding=1)
         self.freq = nn.Conv2d(in_channels, d, 3, padding=1)
         self.phase = nn.Linear(2, d // 2, bias=False)
@@ -105,6 +105,19 @@ class FourierDecoder(nn.Module):
             layers += [nn.Linear(last, width), nn.GELU()]
             last = width
         self.layers = nn.Sequential(*layers, nn.Linear(last, 3))
+
+    def base(self, lr: Tensor) -> Tensor:
+        """What `over` needs of the LR picture [B, 3, h, w]: that, or [B, 0, h, w] without skip."""
+        half = lr.dtype in (torch.float16, torch.bfloat16)  # HR is always fp32
+        return (lr.float() if half else lr) if self.skip else lr[:, :0]
+
+    def over(self, out: Tensor, base: Tensor, size, rows=None, band=None) -> Tensor:
+        """What `render` gave, added to the bicubic enlargement if there is a skip connection."""
+        return out + bicubic(base, size, rows, band) - 0.5 if self.skip else out
+
+    def over_at(self, out: Tensor, base: Tensor, coord: Tensor) -> Tensor:
+        """The same of what `query` gave."""
+        return out + bicubic_at(base, coord) - 0.5 if self.skip else out
 
     def render(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.ops import rows_needed, splat, splat_at
-from gsr.resize import bicubic
+from gsr.resize import bicubic, bicubic_at
 
 CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
 
@@ -46,8 +46,7 @@ class DirectHead(nn.Module):
         super().__init__()
         c = config.direct
         self.gaussians, self.radius, self.normalize = c.gaussians, c.radius, c.normalize
-        self.reach = 0.75
-        self.sigma_range = (0.1, (c.radius + 0.5 - self.reach) / 3)
+        self.reach, self.sigma_range = c.reach, (0.1, (c.radius + 0.5 - c.reach) / 3)
         self.hidden = nn.Conv2d(config.encoder.n_feats, c.width, 3, padding=1)
         self.out = nn.Conv2d(c.width, c.gaussians * sum(CHANNELS), 1)
         self._start()
@@ -98,9 +97,6 @@ class DirectHead(nn.Module):
             e.colour, e.sigma, e.rho, e.opacity, ((coord + 1) * extent - 1) / 2, e.offset,
             self.radius, self.normalize, self.eps,
         )  # fmt: skip
-        base = F.grid_sample(
-            e.lr, coord.flip(-1)[:, None], "bicubic", "border", align_corners=False
-        )
-        return rearrange(base, "b c 1 q -> b q c") + residual
+        return bicubic_at(e.lr, coord) + residual
 
     eps = 1e-2  # where the total weight is far below it, the residual fades out
