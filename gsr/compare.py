@@ -4,14 +4,16 @@
 
 One run a config and seed, in folder/NAME-seedN as `gsr.training` writes it, then one table:
 comparison.md, .csv and .json, and comparison.png where matplotlib is installed. The table is
-written after every run. What is there already is not done again: a finished run is recognised by
-its config, an interrupted one goes on. A run that fails is named in the table and stops no other.
+written after every run, once all runs of an older one are in it. What is there already is not done
+again: a finished run is recognised by its config and by what it was measured on, an interrupted one
+goes on. A run that fails is named in the table and stops no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import io
 import json
@@ -29,14 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsr import distributed
 from gsr.checkpoint import load_model
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
-from gsr.data import split_pictures
+from gsr.data import make_loader, split_pictures
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.evaluation import (
     SCALES,
+    DataSet,
     add_protocol,
+    check_sizes,
     describe_model,
     describe_protocol,
     describe_run,
@@ -47,13 +52,17 @@ from gsr.evaluation import (
 from gsr.image import write_atomic
 from gsr.infer import run
 from gsr.models import GaussianSR
-from gsr.paths import make_folder
+from gsr.paths import make_folder, usable
+from gsr.report import MADE
 from gsr.training import MAY_CHANGE, Trainer
 
 COUNTED = (48, 4)  # side of the LR picture, and scale, at which multiply-adds are counted
 TIMED = (128, 4)  # and at which enlarging is timed
 REPEATS = 3
 OWN = {"name", "output", "train.seed"}  # what a run has for itself
+# What may change when a run goes on: not the micro-batches, over which `official` takes means.
+FREE = MAY_CHANGE - {"train.accumulate"}
+TIMES = {"train.device", "train.threads", "data.workers"}  # which decide how long it takes
 RESULT = "comparison.json"  # in a run's folder, and in that of all
 
 
@@ -127,7 +136,7 @@ def differences(methods: Sequence[Method]) -> list[str]:
 
 
 def _decisive(config: Config) -> dict[str, Any]:
-    """What decides a training besides its model and seed, as {"train.lr": 1e-4, ...}."""
+    """What decides a training and its time besides model and seed, as {"train.lr": 1e-4, ...}."""
     flat = _flat(to_dict(config))
     unused = {"train.epochs"} if config.train.steps else set()
     if config.train.schedule == "cosine":
@@ -135,7 +144,7 @@ def _decisive(config: Config) -> dict[str, Any]:
     return {
         key: None if key in unused else value
         for key, value in flat.items()
-        if key not in MAY_CHANGE | OWN and not key.startswith("model.")
+        if key not in (FREE - TIMES) | OWN and not key.startswith("model.")
     }
 
 
@@ -202,8 +211,9 @@ def seconds_to_enlarge(enlarge: Callable[[Tensor, tuple[int, int]], Tensor]) -> 
 
 
 def training_seconds(folder: Path) -> float | None:
-    """Time that a run's steps took, over all its starts, from the rates in its log.jsonl.
+    """Time that a run took from first to last step, over all its starts, from its log.jsonl.
 
+    Loading, and what is validated and saved in between are in it; what steps compile is not.
     Steps between the last row before an interruption and the state from which it went on count at
     the rate after it. None if there is no rate.
     """
@@ -222,32 +232,59 @@ def training_seconds(folder: Path) -> float | None:
 # ---- one run ------------------------------------------------------------------------------------
 
 
+def fingerprint(data: DataSet) -> str:
+    """A hash of all that is measured of a set: the pictures' names, and every byte of their HR and
+    LR files at the scales it was opened for."""
+    digest = hashlib.sha256()
+    for picture in data.pictures:
+        for scale, path in {0: picture.hr, **picture.lr}.items():
+            content = path.read_bytes()
+            digest.update(f"{picture.name} x{scale:g} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def changed(config: Config) -> list[str]:
+    """Keys that had another value when the training in this run's folder began."""
+    folder = Path(config.output) / config.name
+    if not usable(folder / "state.pt").exists():
+        return []
+    before, now = (_flat(to_dict(c)) for c in (load_config(folder / "config.yaml"), config))
+    return [key for key in now if now[key] != before[key]]
+
+
 def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dict[str, Any]:
     """Train and measure one run as far as that is still to be done; its result.
 
     Args:
         config: its own.
-        asked: "sets" (folders), "scales", "protocol" and "limit", as `evaluate` takes them.
+        asked: "sets" (folders), "scales", "protocol" and "limit", as `evaluate` takes them, and
+            whatever else must be the same if the run is not to be measured again.
 
     Raises:
         InputError: whatever `Trainer` and `evaluate` raise.
     """
     folder = Path(config.output) / config.name
-    decided = {k: v for k, v in _flat(to_dict(config)).items() if k not in MAY_CHANGE}
+    decided = {k: v for k, v in _flat(to_dict(config)).items() if k not in FREE}
     known = {"config": decided, "asked": asked}
     result = _read(folder / RESULT)
     if all(result.get(key) == value for key, value in known.items()):
         return result
-    if result.get("config") != decided:  # else only the measuring is asked for anew
-        train(config, folder, progress)
     set_threads(config.train.threads)
     device = pick_device(config.train.device)
+    here = place(device)
+    trained = {key: result.get(key) for key in ("training_seconds", "training_on")}
+    if result.get("config") != decided:  # else only the measuring is asked for anew
+        train(config, folder, progress)
+        alike = TIMES.isdisjoint(changed(config))  # else its beginning took another time
+        seconds = training_seconds(folder) if alike else None
+        trained = {"training_seconds": seconds, "training_on": here}
     model = load_model(folder / "model").to(device)
     result = {
         **known,
         "model": describe_model(model, f"{config.name}/model"),
-        "training_seconds": training_seconds(folder),
+        **trained,
         "upscaling_seconds": seconds_to_enlarge(lambda lr, size: run(model, lr, size)),
+        "upscaling_on": here,
         "sets": [
             evaluate(
                 model, one, asked["scales"], asked["protocol"], asked["limit"], progress=progress
@@ -262,8 +299,28 @@ def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dic
 def train(config: Config, folder: Path, progress: bool = False) -> None:
     """Train a run to its last step, from where it stands."""
     trainer = Trainer(config, resume=(folder / "state.pt").exists())
-    if trainer.step < trainer.total:
-        trainer.fit(progress)
+    with trainer.held:
+        if trainer.step < trainer.total:
+            warm_up(trainer)
+            trainer.fit(progress)
+
+
+def warm_up(trainer: Trainer) -> None:
+    """Gradients of the next step, thrown away: the clock is not to count what is compiled first.
+
+    The weights stay, and a step draws its random numbers from its own number.
+    """
+    c, step = trainer.config.train, trainer.step
+    pin = trainer.device.type == "cuda"
+    loader = make_loader(trainer.dataset, c.seed, step, step + 1, c.accumulate, pin)
+    trainer.loss(trainer._moved(trainer._next(iter(loader)))).backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def place(device: torch.device) -> str:
+    """What times are of: "cpu, 2 threads"."""
+    here = describe_run(device)
+    return f"{here['device']}, {here['threads']} thread{'s' if here['threads'] > 1 else ''}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -308,8 +365,11 @@ def compare(
         result or, if it failed, "error"; and how the numbers came about.
 
     Raises:
-        InputError: an argument, or trainings that differ in `differences`; not for a failed run.
+        InputError: an argument, trainings that differ in `differences`, a folder whose runs are
+            others, or torchrun; not for a failed run.
     """
+    if distributed.started() > 1:
+        raise InputError("gsr compare trains in one process: start it without torchrun")
     if seeds < 1:
         raise InputError(f"seeds (--seeds) must be at least 1, not {seeds}")
     different = differences(methods)
@@ -318,12 +378,34 @@ def compare(
             f"the trainings differ in {', '.join(different)}: give these keys one value, or allow "
             "it with --allow-differences"
         )
-    names = [open_set(one, scales, limit).name for one in sets]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two data folders (--eval) are called {name}; rename one of them")
+    opened = [open_set(one, scales, limit) for one in sets]
+    names = [data.name for data in opened]
+    for data in opened:
+        if names.count(data.name) > 1:
+            raise InputError(
+                f"two data folders (--eval) are called {data.name}; rename one of them"
+            )
+        check_sizes(data, scales, protocol)
+    # Seed by seed, so that what there is after an interruption can be compared.
+    order = [(m.name, seed, m.run(Path(folder), seed)) for seed in range(seeds) for m in methods]
+    older = _read(usable(Path(folder, RESULT))).get("runs", [])
+    before = {entry["folder"] for entry in older if "result" in entry}
+    lost = before - {config.name for *_, config in order}
+    if lost:
+        raise InputError(
+            f"the table in {folder} has runs that are not asked for now ({', '.join(sorted(lost))})"
+            ": add their configs or --seeds, or choose another folder (-o)"
+        )
+    for *_, config in order:
+        if others := [key for key in changed(config) if key not in FREE]:
+            raise InputError(
+                f"{Path(folder, config.name)} was started with another {', '.join(others)}: give "
+                "the same values, or another folder (-o)"
+            )
+    order.sort(key=lambda run: run[-1].name not in before)  # the older table stands until then
     asked = {
         "sets": [str(one) for one in sets],
+        "pictures": {data.name: fingerprint(data) for data in opened},
         "scales": list(scales),
         "protocol": protocol,
         "limit": limit,
@@ -341,13 +423,13 @@ def compare(
     }
     folder = make_folder(folder)
     costs = {method.name: cost(method.config.model) for method in methods}
-    bicubic = {"upscaling_seconds": seconds_to_enlarge(enlarge_bicubic)}
+    bicubic = {
+        "upscaling_seconds": seconds_to_enlarge(enlarge_bicubic),
+        "upscaling_on": place(torch.device("cpu")),
+    }
     runs: list[dict[str, Any]] = []
-    # Seed by seed, so that what there is after an interruption can be compared.
-    order = [(seed, method) for seed in range(seeds) for method in methods]
-    for number, (seed, method) in enumerate(order, 1):
-        config = method.run(folder, seed)
-        entry = {"method": method.name, "seed": seed, "folder": config.name}
+    for number, (name, seed, config) in enumerate(order, 1):
+        entry = {"method": name, "seed": seed, "folder": config.name}
         if progress:
             print(f"{config.name} ({number} of {len(order)})", file=sys.stderr, flush=True)
         try:
@@ -360,9 +442,10 @@ def compare(
         if progress and "error" in entry:
             print(f"{config.name} failed: {entry['error']}", file=sys.stderr, flush=True)
         runs.append(entry)
-        report["methods"] = _rows(runs, costs, bicubic, seeds)
-        report["runs"] = runs
-        write(report, folder)
+        if number >= len(before):
+            report["methods"] = _rows(runs, costs, bicubic, seeds)
+            report["runs"] = runs
+            write(report, folder)
     return report
 
 
@@ -373,30 +456,35 @@ def _rows(
     done = [entry for entry in runs if "result" in entry]
     rows = []
     if done:
-        # The same in every run: LR, HR and protocol are.
+        # The same in every run: LR, HR and protocol are, by `asked`.
         rows.append({"name": "bicubic", **bicubic, "sets": _spread(done[:1], "bicubic")})
     for name, numbers in costs.items():
         own = [entry for entry in done if entry["method"] == name]
         row = {"name": name, "finished": len(own), "seeds": seeds, **numbers}
-        for key in ("training_seconds", "upscaling_seconds"):
-            times = [e["result"][key] for e in own if e["result"][key] is not None]
-            row[key] = statistics.fmean(times) if times else None
+        for key in ("training", "upscaling"):
+            timed = [e["result"] for e in own if e["result"][f"{key}_seconds"] is not None]
+            where = {result[f"{key}_on"] for result in timed}
+            if len(where) == 1:  # a mean over two machines is of none
+                seconds = statistics.fmean(result[f"{key}_seconds"] for result in timed)
+                row |= {f"{key}_seconds": seconds, f"{key}_on": where.pop()}
         rows.append({**row, "sets": _spread(own, "model")})
     return rows
 
 
 def _spread(entries: list[dict], method: str) -> list[dict[str, Any]]:
-    """Mean and spread over runs: [{"set", "scale", "psnr": {...}, "ssim": {...}}, ...]."""
-    values: dict[tuple, dict[str, list]] = {}
+    """Mean and spread over runs: [{"set", "scale", "lr", "psnr": {...}, "ssim": {...}}, ...]."""
+    values: dict[tuple, dict[str, list]] = {}  # by set, scale and where LR is from
     for entry in entries:
         for data in entry["result"]["sets"]:
             for row in data["scales"]:
-                kept = values.setdefault((data["name"], row["scale"]), {"psnr": [], "ssim": []})
+                kept = values.setdefault(
+                    (data["name"], row["scale"], row["lr"]), {"psnr": [], "ssim": []}
+                )
                 for key in kept:
                     kept[key].append(row["methods"][method][key])
     return [
-        {"set": name, "scale": scale, **{key: _summary(v) for key, v in kept.items()}}
-        for (name, scale), kept in values.items()
+        {"set": name, "scale": scale, "lr": lr, **{key: _summary(v) for key, v in kept.items()}}
+        for (name, scale, lr), kept in values.items()
     ]
 
 
@@ -433,15 +521,24 @@ def _columns(report: dict[str, Any]) -> list[tuple[str, float]]:
 def markdown(report: dict[str, Any]) -> str:
     """The table with what it means below."""
     columns = _columns(report)
-    head = ["method", "seeds", *(f"{name} x{scale:g}" for name, scale in columns), "parameters",
-            "MACs/LR px", "MACs/HR px", "weights/HR px", "training", "upscaling"]  # fmt: skip
+    made = {(c["set"], c["scale"]) for row in report["methods"] for c in row["sets"]
+            if c["lr"] == "imresize"}  # fmt: skip
+    figures = (f"{name} x{scale:g}{'*' * ((name, scale) in made)}" for name, scale in columns)
+    head = ["method", "seeds", *figures, "parameters", "MACs/LR px", "MACs/HR px", "weights/HR px",
+            "training", "upscaling"]  # fmt: skip
+    timed = [(row, key) for row in report["methods"] for key in ("training", "upscaling")]
+    where = {row[f"{key}_on"] for row, key in timed if row.get(f"{key}_on")}
     lines = ["# Comparison", "", _line(head), "|" + "---|" * len(head)]
     for row in report["methods"]:
         cells = {(cell["set"], cell["scale"]): cell["psnr"] for cell in row["sets"]}
         seeds = f"{row['finished']} of {row['seeds']}" if "seeds" in row else ""
         numbers = [_whole(row.get(key)) for key in
                    ("parameters", "lr_macs", "hr_macs", "splat_weights")]  # fmt: skip
-        times = [_duration(row.get(key)) for key in ("training_seconds", "upscaling_seconds")]
+        times = [
+            _duration(row.get(f"{key}_seconds"))
+            + (f" ({row[f'{key}_on']})" if len(where) > 1 and row.get(f"{key}_on") else "")
+            for key in ("training", "upscaling")
+        ]
         figures = [_cell(cells.get(column)) for column in columns]
         lines.append(_line([row["name"], seeds, *figures, *numbers, *times]))
     protocol = report["protocol"]
@@ -451,8 +548,10 @@ def markdown(report: dict[str, Any]) -> str:
         "the seeds, sample standard deviation, and range. MACs: multiply-adds of convolutions and "
         "matrix products, an LR pixel encoded and an HR pixel rendered at "
         f"x{COUNTED[1]}; weights: Gaussians weighed for an HR pixel, which they do not include. "
-        f"Training: its steps; upscaling: {report['timed']}, median of {REPEATS}; both on "
-        f"{report['device']}, {report['threads']} threads.",
+        "Training: from the first step to the last, mean over the seeds; upscaling: "
+        f"{report['timed']}, median of {REPEATS}, mean over the seeds"
+        + (f"; both on {where.pop()}." if len(where) == 1 else "; on what, stands beside it.")
+        + (f" {MADE}." if made else ""),
     ]
     if report["differences"]:
         lines += ["", f"The trainings differ in {', '.join(report['differences'])}."]
@@ -493,7 +592,7 @@ def _duration(seconds: float | None) -> str:
 def table_csv(report: dict[str, Any]) -> str:
     """The table as CSV: a row a method, numbers in full, nothing where there is none."""
     numbers = ["parameters", "lr_macs", "hr_macs", "splat_weights", "training_seconds",
-               "upscaling_seconds"]  # fmt: skip
+               "training_on", "upscaling_seconds", "upscaling_on"]  # fmt: skip
     columns = _columns(report)
     figures = [(metric, key) for metric in ("psnr", "ssim") for key in ("mean", "std", "min",
                "max")]  # fmt: skip

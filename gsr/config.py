@@ -81,6 +81,7 @@ class LIIFConfig:
     """Head of `liif`."""
 
     hidden_list: list[int] = field(default_factory=lambda: [256, 256, 256, 256])  # MLP widths
+    skip: bool = False  # decode what the bilinear enlargement lacks, as lte does; not as published
 
 
 @dataclass
@@ -115,7 +116,8 @@ class DataConfig:
     batch: int = 16  # patches of an optimiser step, over all processes and micro-batches
     repeat: int = 20  # times each picture is visited per epoch
     workers: int = 2  # loader processes of each training process; 0 loads in that one itself
-    # Where decoded pictures are kept; true and false, as in older files, are memory and none.
+    # Where decoded pictures are kept; true and false, as in older files, are memory and none. With
+    # memory, each training process keeps its own, up to the whole budget.
     cache: Literal["memory", "mmap", "none", True, False] = "memory"
     cache_budget: str | None = None  # such as 4GB; what is beyond is decoded every time
     cache_dir: str | None = None  # of mmap; None: .gsr-cache in the folder of train
@@ -185,9 +187,18 @@ def _above_zero(*keys: str) -> list[tuple]:
     ]
 
 
-# The upper limits of a model are far above any use: they keep a damaged file from having modules
-# without end built.
+def _filled(what: str, *keys: str) -> list[tuple]:
+    """A path of no characters would mean the current folder."""
+    return [
+        ((key,), lambda c, k=key: getattr(c, k) is None or getattr(c, k).strip() != "", what)
+        for key in keys
+    ]
+
+
+# The upper limits are far above any use: they keep a damaged file from having modules without end
+# built, and a typing error from ending in an overflow.
 WIDEST = 4096
+LONGEST = 1_000_000_000  # steps or epochs
 
 
 def _even(key: str, low: int, high: int) -> tuple:
@@ -266,10 +277,13 @@ CHECKS: dict[type, list[tuple]] = {
         ),
     ],
     DataConfig: [
-        *_at_least(1, "scale_min", "batch", "repeat", "queries"),
-        *_at_least(8, "patch"),
-        *_at_least(0, "workers"),
-        *_at_least(1, "val_count"),
+        *_filled("a folder", "train", "val", "cache_dir"),
+        *_between(1, 1000, "scale_min", "scale_max"),
+        *_between(8, WIDEST, "patch"),
+        *_between(1, 1_000_000, "batch", "val_count"),
+        *_between(1, 10_000, "repeat"),
+        *_at_least(1, "queries"),
+        *_between(0, 1024, "workers"),
         (
             ("cache_budget",),
             lambda c: c.cache_budget is None or re.fullmatch(BYTES, c.cache_budget),
@@ -283,10 +297,11 @@ CHECKS: dict[type, list[tuple]] = {
         ),
     ],
     TrainConfig: [
-        *_at_least(1, "steps", "epochs", "step_epochs"),
+        *_between(1, LONGEST, "steps", "epochs", "step_epochs"),
         *_between(1, MAX_THREADS, "threads"),
-        *_at_least(1, "log_every", "val_every", "save_every", "accumulate"),
-        *_at_least(0, "warmup", "keep"),
+        *_between(1, LONGEST, "log_every", "val_every", "save_every"),
+        *_between(1, 1_000_000, "accumulate"),
+        *_between(0, LONGEST, "warmup", "keep"),
         *_above_zero("lr", "clip"),
         (("gamma",), lambda c: 0 < c.gamma <= 1, "above 0 and at most 1"),
         (("ema",), lambda c: c.ema is None or 0 < c.ema < 1, "above 0 and below 1"),
@@ -303,7 +318,13 @@ CHECKS: dict[type, list[tuple]] = {
             lambda c: c.name.strip(". ") != "" and not set(c.name) & set("/\\"),
             "a folder name without slashes",
         ),
-        (("output",), lambda c: c.output.strip() != "", "a folder"),
+        *_filled("a folder", "output"),
+        *_filled("a model folder or a .pth file", "init"),
+        (
+            ("model.lte.scale_max", "data"),
+            lambda c: c.model.mode != "lte" or c.model.lte.scale_max >= c.data.scale_max,
+            "at least data.scale_max in mode lte",
+        ),
     ],
 }
 
@@ -358,9 +379,10 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
     if not isinstance(mapping, dict):
         raise InputError(f"{path} must hold keys and values, not {_show(mapping)}")
     errors: list[str] = []
+    known = _all_keys(Config, "")
     for override in overrides:
-        _override(mapping, override, errors)
-    config = _build(Config, mapping, "", errors, _all_keys(Config, ""))
+        _override(mapping, override, errors, known)
+    config = _build(Config, mapping, "", errors, known)
     _refuse(errors, f"{path}: ")
     return config
 
@@ -372,7 +394,7 @@ def _refuse(errors: list[str], prefix: str = "") -> None:
         raise InputError(f"{prefix}{len(errors)} mistakes\n" + "\n".join(f"  {e}" for e in errors))
 
 
-def _override(mapping: dict, override: str, errors: list[str]) -> None:
+def _override(mapping: dict, override: str, errors: list[str], known: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         errors.append(f"override {override!r} must read section.key=value")
@@ -383,6 +405,10 @@ def _override(mapping: dict, override: str, errors: list[str]) -> None:
         errors.append(str(error))
         return
     *sections, last = key.split(".")
+    for where in map(".".join, (sections[: i + 1] for i in range(len(sections)))):
+        if where in known and not any(k.startswith(f"{where}.") for k in known):
+            errors.append(f"{key} is not a key; {where} is a value, not a section")
+            return
     for section in sections:
         if mapping.get(section) is None:
             mapping[section] = {}

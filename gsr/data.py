@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ class MappedPictures:
         paths: the pictures.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be made or written to, or a picture is gone.
     """
 
     def __init__(self, folder: Path, paths: list[Path]):
@@ -139,7 +140,12 @@ class MappedPictures:
     @staticmethod
     def _name(path: Path) -> str:
         named = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise InputError(
+                f"{path} is gone since the folder was listed ({error.strerror}): run again"
+            ) from None
         return f"{named}-{stat.st_size}-{stat.st_mtime_ns}.npy"
 
     def __len__(self) -> int:
@@ -151,8 +157,11 @@ class MappedPictures:
         Mapped anew each time: a map that is kept would keep a file open, and systems allow few.
         """
         try:
-            return np.load(self.files[i], mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            kept = np.lib.format.open_memmap(self.files[i], mode="r")
+            if kept.dtype != np.uint8 or kept.shape[2:] != (3,):
+                raise ValueError
+            return kept
+        except Exception:  # a damaged header is parsed as Python, which may raise anything
             picture, packed = read_image(self.paths[i]), io.BytesIO()
             np.save(packed, picture)
             write_atomic(self.files[i], packed.getbuffer())
@@ -161,8 +170,9 @@ class MappedPictures:
     def remove_outdated(self) -> None:
         """Remove the files of what these pictures were before, and what killed runs left over."""
         for file in self.folder.glob(f".*{TEMPORARY}"):
-            if time.time() - file.stat().st_mtime > 3600:  # no other run is still writing it
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run has just removed or renamed it
+                if time.time() - file.stat().st_mtime > 3600:  # or is still writing it
+                    file.unlink()
         current = {file.name for file in self.files}
         named = {name.partition("-")[0] for name in current}
         for file in self.folder.glob("*.npy"):

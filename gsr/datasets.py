@@ -40,7 +40,12 @@ examples:
 
   gsr data download div2k                          into data/DIV2K
   gsr data prepare data/DIV2K/DIV2K_train_HR tiles
-  gsr train --config configs/published.yaml data.train=tiles data.repeat=1
+  gsr train --config configs/published.yaml data.train=tiles data.repeat=1 train.epochs=1000 \\
+      train.step_epochs=100
+
+32,000 tiles, each visited once, are 2,000 steps of 16: 1,000 such epochs have the 2 million steps
+of the recipe, whose learning rate is halved every 200,000. With its own values for 800 pictures
+(repeat 20, 2,000 epochs), tiles would be trained on for 40 times as long.
 """
 DOWNLOAD_EPILOG = """\
 Whatever ends a download, running the same command again goes on where it stopped; what is complete
@@ -58,11 +63,11 @@ PREPARE_EPILOG = """\
 Tiles are named NAME_s001.png, NAME_s002.png, ... row by row, below the picture's own subfolder. The
 last tile of a row or column ends at the border, and a picture narrower than the crop is taken whole
 in that direction. Running again goes on where it stopped: tiles that are there are skipped.
-OUTPUT/prepare.json is the report.
+OUTPUT/prepare.json is the report, with the bytes of every tile, by which a damaged one is told.
 
 A training on tiles needs data.val, other pictures: tiles of one picture overlap, and some of what
 is validated would have been trained on. An epoch visits every tile data.repeat times, so lower
-data.repeat by about the number of tiles that a picture has.
+data.repeat by about the number of tiles that a picture has; see gsr data --help.
 """
 
 _DIV2K = "https://data.vision.ee.ethz.ch/cvl/DIV2K"
@@ -184,6 +189,7 @@ class Tiling:
 
 
 FORMATS = ("png", "tiff", "bmp")  # those that gsr.image writes without loss
+PLAN = "prepare.json"
 
 
 def starts(length: int, crop: int, step: int) -> list[int]:
@@ -266,8 +272,8 @@ def prepare(
     The plan (what is cut, from which pixels, how) is in OUTPUT/prepare.json before the first tile,
     and a tile is there whole or not at all; so what is there need not be made again.
 
-    Returns `check`'s report with `settings`, `tiles` (count, written now, skipped, bytes, sizes)
-    and `complete`; the same is in OUTPUT/prepare.json.
+    Returns `check`'s report with `settings`, `tiles` (count, written now, skipped, bytes, sizes),
+    `complete`, and every picture's `tiles` (bytes of each); the same is in OUTPUT/prepare.json.
 
     Raises:
         InputError: no picture that can be used, two of one name, `output` in `source` or the other
@@ -282,7 +288,7 @@ def prepare(
         raise InputError(
             f"{output} and {source} must not lie in one another; choose another output folder"
         )
-    report_file = output / "prepare.json"
+    report_file = output / PLAN
     old = _read_plan(report_file, tiling)
     report = check(source, tiling, workers, progress, first=old)
     pictures = report["pictures"]
@@ -302,6 +308,8 @@ def prepare(
     for folder in sorted(folders | {output}):
         make_folder(folder)
         remove_left_over(folder)
+    for name in old:
+        pictures[name]["tiles"] = old[name]["tiles"]
     report = {"settings": asdict(tiling), "complete": False, **report}
     write_atomic(report_file, _json(report))
     items = [
@@ -310,11 +318,16 @@ def prepare(
             facts["sha256"],
             (facts["height"], facts["width"]),
             [str(target) for target in tiles[name]],
+            facts.get("tiles"),
             tiling,
         )
         for name, facts in pictures.items()
     ]
-    done = list(_each(_cut, items, workers, progress, "cutting"))
+    written = 0
+    done = _each(_cut, items, workers, progress, "cutting")
+    for facts, (new, lengths) in zip(pictures.values(), done, strict=True):
+        facts["tiles"] = lengths
+        written += new
     sizes = Counter(
         f"{width}x{height}"
         for facts in pictures.values()
@@ -322,9 +335,9 @@ def prepare(
     )
     report["tiles"] = {
         "count": sizes.total(),
-        "written": sum(written for written, _ in done),
-        "skipped": sizes.total() - sum(written for written, _ in done),
-        "bytes": sum(size for _, size in done),
+        "written": written,
+        "skipped": sizes.total() - written,
+        "bytes": sum(sum(facts["tiles"]) for facts in pictures.values()),
         "sizes": dict(sorted(sizes.items())),
     }
     report["complete"] = True
@@ -396,13 +409,25 @@ def _content(array: Any) -> str:
 
 
 def _cut(
-    path: str, sha256: str, size: tuple[int, int], targets: list[str], tiling: Tiling
-) -> tuple[int, int]:
-    """Write those tiles of a picture that are not there; (how many, bytes of all of them)."""
+    path: str,
+    sha256: str,
+    size: tuple[int, int],
+    targets: list[str],
+    lengths: list[int] | None,
+    tiling: Tiling,
+) -> tuple[int, list[int]]:
+    """Write those tiles of a picture that are not there; (how many, bytes of each of all).
+
+    `lengths` are the bytes that each had when it was written, where a report tells.
+    """
     from gsr.image import read_image, write_image
 
     cuts = boxes(*size, tiling)
-    missing = [i for i, cut in enumerate(cuts) if not _is_there(targets[i], cut[2:])]
+    if not isinstance(lengths, list) or len(lengths) != len(cuts):
+        lengths = [None] * len(cuts)
+    missing = [
+        i for i, cut in enumerate(cuts) if not _is_there(Path(targets[i]), cut[2:], lengths[i])
+    ]
     if missing:
         array = read_image(path)
         if _content(array) != sha256:
@@ -410,17 +435,24 @@ def _cut(
         for i in missing:
             top, left, height, width = cuts[i]
             write_image(targets[i], array[top : top + height, left : left + width])
-    return len(missing), sum(os.path.getsize(target) for target in targets)
+    return len(missing), [os.path.getsize(target) for target in targets]
 
 
-def _is_there(path: str, size: tuple[int, int]) -> bool:
-    """Whether a file begins like a picture of this (height, width)."""
+def _is_there(path: Path, size: tuple[int, int], length: int | None) -> bool:
+    """Whether a file is the whole of a picture of this (height, width).
+
+    Told by its start and its bytes; where these are not known, after an interruption, by decoding.
+    """
     from PIL import Image
 
+    from gsr.image import read_image
+
     try:
+        if length is None:
+            return read_image(path).shape[:2] == size
         with Image.open(path) as image:
-            return image.size == size[::-1]
-    except (OSError, SyntaxError, ValueError):
+            return image.size == size[::-1] and path.stat().st_size == length
+    except (OSError, SyntaxError, ValueError):  # InputError is a ValueError
         return False
 
 
@@ -451,16 +483,20 @@ def _read_plan(file: Path, tiling: Tiling) -> dict[str, dict[str, Any]]:
         return {}
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
-        settings, pictures = plan["settings"], plan["pictures"]
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = {key: plan["settings"].get(key) for key in asdict(tiling)}
+        pictures = {
+            name: {"sha256": facts["sha256"], "tiles": facts.get("tiles")}
+            for name, facts in plan["pictures"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{file} is no report of `gsr data prepare`; choose another output folder"
         ) from None
     for key, value in asdict(tiling).items():
-        if settings.get(key) != value:
+        if settings[key] != value:
             option = key.replace("_", "-")
             raise InputError(
-                f"{file.parent} was made with --{option} {settings.get(key)} and not {value}; "
+                f"{file.parent} was made with --{option} {settings[key]} and not {value}; "
                 "choose another output folder"
             )
     return pictures
@@ -635,8 +671,14 @@ def _download_command(args: argparse.Namespace) -> None:
         checksum=not args.no_checksum,
         keep=args.keep,
         progress=not args.quiet,
-        say=(lambda text: None) if args.quiet else print,
+        say=(lambda text: None) if args.quiet else _print,
     )
+
+
+def _print(text: str) -> None:
+    """`print`, with escapes for what the terminal has not, such as names that are no UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
@@ -645,9 +687,15 @@ def _prepare_command(args: argparse.Namespace) -> None:
     if args.output is None and not args.check:
         raise InputError("OUTPUT is missing: name a folder for the tiles, or only --check")
     if args.report is not None:
-        if usable(args.report).is_dir():
-            raise InputError(f"--report {args.report} is a folder; name the JSON file to write")
-        make_folder(Path(args.report).parent)
+        file = usable(args.report)
+        if file.is_dir():
+            raise InputError(f"--report {file} is a folder; name the JSON file to write")
+        if file.suffix.lower() != ".json" or file.name == PLAN:
+            raise InputError(
+                f"--report {file} must end in .json and not be the {PLAN} of a folder of tiles; "
+                "name another file, such as report.json"
+            )
+        make_folder(file.parent)
     tiling = Tiling(args.crop, args.step, args.min_side, args.format)
     workers = _cores() if args.workers is None else args.workers
     if args.check:
@@ -657,7 +705,7 @@ def _prepare_command(args: argparse.Namespace) -> None:
     if args.report is not None:
         write_atomic(args.report, _json(report))
     if not args.quiet:
-        print(describe(report))
+        _print(describe(report))
     if args.check and report["refused"]:
         raise InputError(
             f"{report['counts']['refused']} of the {report['counts']['found']} pictures in "

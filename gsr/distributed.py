@@ -10,6 +10,7 @@ by `agree`, where a failure of one becomes the end of all.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from gsr.device import pick_device
 from gsr.errors import InputError
 
+# What PyTorch says where another process is gone.
+GONE = re.compile("connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
 PATIENCE = timedelta(hours=2)  # for the first process, which validates and writes alone
 # Groups end with the interpreter: DistributedDataParallel, were the last reference its own, would
 # hold the interpreter's lock as it waits for threads that may be waiting for that lock.
@@ -30,6 +33,10 @@ _groups: list[dist.ProcessGroup] = []
 # One tensor for all calls: a thread of gloo that lets go of the last reference to one needs that
 # lock too, and at the interpreter's end the process would be aborted for it.
 _first = torch.zeros((), dtype=torch.int64)
+
+
+class Lost(InputError):
+    """A process is gone: there is nobody to agree with on the end of all."""
 
 
 def started() -> int:
@@ -59,7 +66,8 @@ def together() -> Iterator[None]:
     """Join the processes that torchrun has started, for as long as the context lasts.
 
     An InputError of one of them ends them all: the first prints its sentence, and every process
-    raises SystemExit(2). A single process keeps its InputError.
+    raises SystemExit(2). A single process keeps its InputError. Where a process has been ended from
+    outside, each of the others raises `Lost`.
     """
     if started() > 1:
         # nccl comes to life with the first tensor of a GPU; `agree` is about tensors of the CPU.
@@ -74,11 +82,21 @@ def together() -> Iterator[None]:
         _groups.append(dist.group.WORLD)
     try:
         try:
-            yield
-        except InputError as error:
-            agree(error)
-            raise
-        agree()
+            try:
+                yield
+            except Lost:
+                raise
+            except InputError as error:
+                agree(error)
+                raise
+            agree()
+        except RuntimeError as error:
+            if count() == 1 or not GONE.search(str(error)):
+                raise
+            raise Lost(
+                f"process {rank()} has lost another one: see what that printed, and run again, a "
+                "training with --resume"
+            ) from None
     finally:
         if count() > 1:
             time.sleep(0.2)  # for gloo's threads to let go of what they have sent, see above

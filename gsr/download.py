@@ -36,7 +36,7 @@ from urllib.parse import urlsplit
 
 from gsr import __version__
 from gsr.errors import InputError
-from gsr.paths import make_folder, usable
+from gsr.paths import alone, make_folder, usable
 
 TRIES = 5  # in a row that bring nothing new
 TIMEOUT = 60  # seconds without a byte
@@ -92,14 +92,17 @@ def obtain(
     """
     output = usable(output)
     folder = output / source.folder
-    if folder.exists():
-        _check_complete(folder, source)
+    if _is_complete(folder, source):
         return False
     make_folder(output)
     make_folder(folder.parent)
-    with _alone(output):
+    with alone(output, f"another download is at work in {output}; wait until it has ended"):
+        if _is_complete(folder, source):  # another run has ended since
+            return False
         archive = output / source.file
         part = archive.with_name(f"{archive.name}.part")
+        if archive.is_dir():
+            raise InputError(f"{archive} is a folder, and no archive: move it away and run again")
         if archive.exists():
             verify(archive, source, checksum, progress)
         else:
@@ -140,29 +143,6 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder against another run, where the system has such locks; a kill releases it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another download is at work in {folder}; wait until it has ended"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
-
-
 # ---- transfer -----------------------------------------------------------------------------------
 
 
@@ -184,7 +164,7 @@ def fetch(url: str, part: Path, size: int | None = None, progress: bool = False)
                 return _transfer(url, part, size, bar)
             except urllib.error.HTTPError as error:
                 error.close()
-                reason = f"the server answers {error.code} ({error.reason})"
+                reason = f"the server answers {error.code} ({_reason(error)})"
                 if error.code == 416:  # there is no rest: what came was of another file
                     part.unlink(missing_ok=True)
                 elif error.code < 500 and error.code not in (408, 425, 429):
@@ -259,9 +239,10 @@ def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
                 f"{url} has {total:,} bytes and not the published {size:,}: name a mirror by "
                 "--url, or take it as it is by --no-checksum"
             )
-        if total is not None:  # the pictures take about as much once more
-            check_space(part.parent, 2 * total - have, part.name.removesuffix(".part"))
-        bar.total, bar.n = total, have
+        most = size if total is None else total
+        if most is not None:  # the pictures take about as much once more
+            check_space(part.parent, 2 * most - have, part.name.removesuffix(".part"))
+        bar.total, bar.n = most, have
         bar.refresh()
         with _writing(part), open(part, "ab" if have else "wb") as file:
             if not have:  # after the old bytes are gone, or a kill would give them a new name
@@ -269,15 +250,22 @@ def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
             while True:
                 with _reading():
                     block = answer.read1(BLOCK)
-                if not block:
+                have += len(block)
+                if not block or (most is not None and have > most):
                     break
                 file.write(block)
                 file.flush()  # what came is kept, whatever comes next
                 bar.update(len(block))
             os.fsync(file.fileno())
+    if most is not None and have > most:
+        part.unlink()
+        raise InputError(
+            f"{url} sends more than {most:,} bytes, which is all that there should be: name a "
+            "mirror by --url" + ("" if size is None else ", or take it as it is by --no-checksum")
+        )
     got = _length(part)
-    if total is not None and got < total:
-        raise ConnectionError(f"the transfer ended after {got:,} of {total:,} bytes")
+    if most is not None and got < most:
+        raise ConnectionError(f"the transfer ended after {got:,} of {most:,} bytes")
     if total is None:
         write_atomic(_note(part), json.dumps({**told, "size": got}).encode())
 
@@ -345,8 +333,10 @@ def _note(part: Path) -> Path:
 def _read_note(part: Path) -> dict[str, Any]:
     try:
         note = json.loads(_note(part).read_text(encoding="utf-8"))
-        return note if {"url", "etag", "modified", "size"} <= set(note) else {}
-    except (OSError, ValueError, TypeError):
+        promises = [note["etag"], note["modified"]]  # which become headers again
+        good = all(p is None or p.isascii() and p.isprintable() for p in promises)
+        return note if good and "size" in note else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -356,7 +346,8 @@ def _length(path: Path) -> int:
 
 def _reason(error: Exception) -> str:
     inner = getattr(error, "reason", error)
-    return str(getattr(inner, "strerror", None) or inner) or type(inner).__name__
+    words = str(getattr(inner, "strerror", None) or inner).split()
+    return " ".join(words) or type(inner).__name__
 
 
 def _bar(name: str, progress: bool, total: int | None = None) -> Any:
@@ -378,7 +369,8 @@ def verify(path: Path, source: Source, checksum: bool = True, progress: bool = F
     cannot tell whether the first was the right one.
 
     Raises:
-        InputError: they differ, and `checksum` is true.
+        InputError: they differ, and `checksum` is true; or there is nothing to compare with, and
+            this is no archive that `unpack` would take.
     """
     from gsr.image import write_atomic
 
@@ -390,7 +382,12 @@ def verify(path: Path, source: Source, checksum: bool = True, progress: bool = F
             f"{path} has the {kind} {digests[kind]} and not the published {published}: remove it "
             "to fetch it anew, or take it as it is by --no-checksum"
         )
-    if checksum and not published and record.is_file():
+    known = published or record.is_file()
+    if not (checksum and known):  # a page that asks to log in must not be what came the first time
+        with _judged(path, path.parent), contextlib.ExitStack() as stack:
+            for _ in _members(path, path.parent, stack):
+                pass
+    if checksum and not published and known:
         recorded = record.read_text(encoding="utf-8", errors="replace").split(" ")[0]
         if recorded != digests["sha256"]:
             raise InputError(
@@ -420,27 +417,32 @@ class _Member:
     open: Callable[[], IO[bytes]] | None  # None: a folder
 
 
-def unpack(archive: Path, folder: Path, limit: int | None = None, progress: bool = False) -> None:
+def unpack(archive: Path, folder: Path, progress: bool = False) -> None:
     """The files of a zip or plain tar archive into a new folder, without modes, owners or times.
 
     Everything that names and sizes tell is checked before the first file is written. What is
     refused: absolute paths and such as lead upwards, links of either kind, devices, pipes, sparse
-    and encrypted files, a path that comes twice, and more than `limit` bytes in all (default: twice
-    the archive and 64 MiB, since pictures hardly shrink).
+    and encrypted files, a path that comes twice, a file below a file, and more bytes in all than
+    twice the archive and 64 MiB, since pictures hardly shrink.
 
     Raises:
         InputError: any of these, a damaged archive, or a full disk; `folder` may then hold a part.
     """
-    limit = 2 * _length(archive) + SLACK if limit is None else limit
+    with _judged(archive, folder), contextlib.ExitStack() as stack:
+        members = list(_members(archive, folder, stack))
+        total = sum(member.size for member in members)
+        make_folder(folder)
+        check_space(folder, total, f"unpacking {archive.name}")
+        with _bar("unpack", progress, total) as bar:
+            for member in members:
+                _write(member, folder, bar)
+
+
+@contextlib.contextmanager
+def _judged(archive: Path, folder: Path) -> Iterator[None]:
+    """What goes wrong between an archive and a folder, in a sentence on the one at fault."""
     try:
-        with contextlib.ExitStack() as stack:
-            members = list(_members(archive, folder, stack, limit))
-            total = sum(member.size for member in members)
-            make_folder(folder)
-            check_space(folder, total, f"unpacking {archive.name}")
-            with _bar("unpack", progress, total) as bar:
-                for member in members:
-                    _write(member, folder, archive, bar)
+        yield
     except InputError:
         raise
     except OSError as error:
@@ -455,23 +457,30 @@ def _damaged(archive: Path, error: Exception) -> str:
     return f"{archive} is damaged ({error}); remove it and run again to fetch it anew"
 
 
-def _members(
-    archive: Path, folder: Path, stack: contextlib.ExitStack, limit: int
-) -> Iterator[_Member]:
+def _members(archive: Path, folder: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
+    limit = 2 * _length(archive) + SLACK
     with open(archive, "rb") as file:
         start = file.read(4)
     if start in (b"PK\3\4", b"PK\5\6"):
         found = _zip_members(archive, stack)
     else:
         found = _tar_members(archive, folder, stack)
-    seen: set[Path] = set()
+    files: set[Path] = set()
+    folders: set[Path] = set()
     total = 0
     for count, (name, size, refusal, opened) in enumerate(found, 1):
         total += size
         refusal = refusal or _bad_name(name)
         path = Path(*(part for part in name.split("/") if part not in ("", ".")))
-        if not refusal and opened and path in seen:
+        above = set(path.parents) if opened else {path, *path.parents}
+        if not refusal and size < 0:
+            refusal = "a file of less than no bytes"
+        elif not refusal and opened and not path.parts:
+            refusal = "a file without a name"
+        elif not refusal and opened and path in files:
             refusal = "a name that comes twice"
+        elif not refusal and (above & files or (opened and path in folders)):
+            refusal = "a file where a folder is needed"
         if refusal:
             raise InputError(
                 f"{archive} holds {name!r}, {refusal}, and nothing of it was unpacked; fetch the "
@@ -483,7 +492,9 @@ def _members(
                 "files, far more than pictures should, and nothing of it was unpacked; fetch the "
                 "archive from a place that you trust"
             )
-        seen.add(path)
+        if opened:
+            files.add(path)
+        folders |= above
         yield _Member(path, size, opened)
 
 
@@ -498,7 +509,7 @@ def _zip_members(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple]:
             refusal = "no regular file"
         elif info.flag_bits & 1:
             refusal = "an encrypted file"
-        opened = None if info.is_dir() else (lambda info=info: file.open(info))
+        opened = None if info.filename.endswith("/") else (lambda info=info: file.open(info))
         yield info.filename, info.file_size, refusal, opened
 
 
@@ -532,7 +543,7 @@ def _bad_name(name: str) -> str:
     return ""
 
 
-def _write(member: _Member, folder: Path, archive: Path, bar: Any) -> None:
+def _write(member: _Member, folder: Path, bar: Any) -> None:
     target = folder / member.path
     if member.open is None:
         target.mkdir(parents=True, exist_ok=True)
@@ -597,9 +608,18 @@ def _lacking(folder: Path, source: Source) -> str:
     return ""
 
 
-def _check_complete(folder: Path, source: Source) -> None:
-    lacking = _lacking(folder, source) if folder.is_dir() else "a file"
+def _is_complete(folder: Path, source: Source) -> bool:
+    """Whether a source's folder is there; InputError if it is, and is not what it should be."""
+    if folder.is_dir():
+        lacking = _lacking(folder, source)
+    elif folder.exists():
+        lacking = "a file"
+    elif folder.is_symlink():
+        lacking = "a link that leads nowhere"
+    else:
+        return False
     if lacking:
         raise InputError(
             f"{folder} is there and not complete ({lacking}): move it away and run again"
         )
+    return True

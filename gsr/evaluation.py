@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 import warnings
@@ -44,6 +45,7 @@ from gsr import report as reports
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.image import (
+    READ_SUFFIXES,
     check_format,
     list_images,
     read_image,
@@ -91,6 +93,7 @@ class Picture:
 class DataSet:
     name: str
     pictures: list[Picture]
+    folders: tuple[Path, Path]  # of HR and of LR, resolved
 
 
 def open_set(
@@ -105,7 +108,7 @@ def open_set(
 
     Raises:
         InputError: no such folder, no picture, two pictures of one name, a bad scale or limit, or
-            a folder of LR pictures that lacks one of them.
+            a folder of LR pictures that lacks one of them or has none for any scale.
     """
     scales = _check_scales(scales)
     if limit is not None and limit < 1:
@@ -123,6 +126,11 @@ def open_set(
     if not paths:
         raise InputError(f"{hr_folder} holds LR pictures only; put HR pictures into it")
     names = _by_name(paths, hr_folder)
+    if lr_folder.is_dir() and not any(x.is_dir() for x in lr_folder.glob("X[0-9]*")):
+        raise InputError(
+            f"{lr_folder} holds no folder of a scale, spelt X2, X3, ...; rename what it holds, or "
+            "remove it to have LR made from HR"
+        )
     lr: dict[float, dict[str, Path]] = {}
     for scale in scales:
         x = lr_folder / f"X{scale}"
@@ -137,7 +145,22 @@ def open_set(
             )
         lr[scale] = {n: found[f"{n}x{scale}"] for n in names}
     pictures = [Picture(n, hr, {s: lr[s][n] for s in lr}) for n, hr in names.items()]
-    return DataSet(name, pictures[:limit])
+    return DataSet(name, pictures[:limit], (hr_folder.resolve(), lr_folder.resolve()))
+
+
+def check_spared(option: str, path: Path, sets: Sequence[DataSet]) -> None:
+    """Raise InputError if a file to be written would replace a picture of a set, or become one."""
+    exists, above = usable(path).exists(), (path.parent.resolve() / path.name).parents
+    picture = path.suffix.lower() in READ_SUFFIXES
+    for data in sets:
+        own = (file for p in data.pictures for file in (p.hr, *p.lr.values()))
+        if (picture and any(folder in above for folder in data.folders)) or (
+            exists and any(os.path.samefile(path, file) for file in own)
+        ):
+            raise InputError(
+                f"--{option} would write {path} among the pictures of {data.name}, or over one of "
+                "them; choose another place"
+            )
 
 
 def _by_name(paths: list[Path], folder: Path) -> dict[str, Path]:
@@ -172,9 +195,7 @@ def read_pair(picture: Picture, scale: float) -> tuple[np.ndarray, np.ndarray]:
     hr = read_image(picture.hr)
     if scale in picture.lr:
         lr = read_image(picture.lr[scale])
-        # Reduced sizes are rounded down; the slack is for scales that binary cannot express.
-        rest = [hr.shape[axis] - lr.shape[axis] * scale for axis in (0, 1)]
-        if not all(-1e-6 < pixels < scale for pixels in rest):
+        if not _reduced(hr.shape, lr.shape, scale):
             raise InputError(
                 f"{picture.lr[scale]} has {lr.shape[1]} x {lr.shape[0]} pixels, which is not "
                 f"{picture.hr} ({hr.shape[1]} x {hr.shape[0]}) reduced {scale} times, rounded "
@@ -189,23 +210,36 @@ def read_pair(picture: Picture, scale: float) -> tuple[np.ndarray, np.ndarray]:
 def check_sizes(
     data: DataSet, scales: Sequence[float], protocol: str | Protocol, least: int = SSIM_WINDOW
 ) -> None:
-    """Raise InputError if a picture is too small to measure at one of the scales.
+    """Raise InputError if a picture is too small to measure at a scale, or LR is not HR reduced.
 
-    Reads the heads of the HR files only. `least`: pixels that must be left a side, see the module's
-    text.
+    Of good files only the heads are read. `least`: pixels that must be left a side, see the text of
+    the module.
     """
     protocol = _protocol(protocol)
     for picture in data.pictures:
-        try:
-            with warnings.catch_warnings(), Image.open(picture.hr) as image:
-                warnings.simplefilter("ignore")
-                size = image.height, image.width
-        except Exception:  # whatever is wrong with the file, reading it will say so
-            continue
+        size = _head(picture.hr)
         for scale in scales:
             hr_size = [round(n * scale) for n in _lr_size(picture, size, scale)]
             with _named_picture(picture, scale):
                 check_size(hr_size, protocol.shave(scale), least)
+            if scale in picture.lr and not _reduced(size, _head(picture.lr[scale]), scale):
+                read_pair(picture, scale)  # which turns pictures upright and has the last word
+
+
+def _head(path: Path) -> tuple[int, int]:
+    """(H, W) as a file's head says it, or what `read_image` raises."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return image.height, image.width
+    except Exception:  # whatever is wrong with the file, reading it says so
+        return read_image(path).shape[:2]
+
+
+def _reduced(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
+    """Whether LR has the size of HR reduced, rounded down."""
+    # The slack is for scales that binary cannot express.
+    return all(-1e-6 < hr_size[axis] - lr_size[axis] * scale < scale for axis in (0, 1))
 
 
 def _lr_size(picture: Picture, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
@@ -293,7 +327,8 @@ def evaluate(
         "imresize"; "methods" has "bicubic" and "model" (or the labels), each with mean "psnr" (dB,
         of the protocol's colour), "ssim", "psnr_rgb", "psnr_y" and the extra metrics, all of them
         for each of "images", and with the "seconds" that enlarging took, of all processes
-        together. An infinite PSNR (equal pictures) is None.
+        together, what a model's first call compiles included. An infinite PSNR (equal pictures) is
+        None.
 
     Raises:
         InputError: anything `open_set`, `check_sizes` and `read_pair` raise, an unknown protocol,
@@ -304,11 +339,7 @@ def evaluate(
     data = open_set(folder, scales, limit)
     check_sizes(data, scales, protocol)
     own = ranks.share(data.pictures)
-    # What is to be saved, by method: of a single one without a folder of its own.
-    labels = [label for label in methods_at(1, models, ensemble) if label != "bicubic"]
-    folders = {} if save is None else {label: Path(save, label, data.name) for label in labels}
-    if len(folders) == 1:
-        folders = {labels[0]: Path(save, data.name)}
+    folders = _save_folders(save, methods_at(1, models, ensemble), data, [data])
     try:
         measured = {}
         with _bar(len(own) * len(scales), data.name, progress and ranks.rank == 0) as bar:
@@ -337,6 +368,19 @@ def evaluate(
         for scale in scales
     ]
     return {"name": data.name, "pictures": len(data.pictures), "scales": rows}
+
+
+def _save_folders(
+    save: str | os.PathLike | None, methods: Sequence[str], data: DataSet, sets: Sequence[DataSet]
+) -> dict[str, Path]:
+    """Where pictures go, by method; InputError if that is among the pictures of one of the sets."""
+    labels = [] if save is None else [label for label in methods if label != "bicubic"]
+    folders = {label: Path(save, label, data.name) for label in labels}
+    if len(folders) == 1:
+        folders = {labels[0]: Path(save, data.name)}
+    for folder in folders.values():
+        check_spared("save", folder / "x2" / "NAME.png", sets)
+    return folders
 
 
 def _by_label(model: GaussianSR | Mapping[str, GaussianSR] | None) -> Mapping[str, GaussianSR]:
@@ -377,11 +421,12 @@ def _protocol(protocol: str | Protocol) -> Protocol:
     return PROTOCOLS[protocol]
 
 
-def _check_finite(sr: Tensor, picture: Picture, scale: float) -> None:
-    if not sr.isfinite().all():
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise InputError if a model gives NaN or infinity for what is named."""
+    if not values.isfinite().all():
         raise InputError(
-            f"the model gives values that are not finite for {picture.hr} at x{scale}; its "
-            "weights are damaged or its training diverged, choose another checkpoint"
+            f"the model gives values that are not finite for {what}; its weights are damaged or "
+            "its training diverged, choose another checkpoint"
         )
 
 
@@ -402,7 +447,7 @@ def _measure_all(
             start = time.perf_counter()
             sr = enlarge(lr, tuple(hr.shape[-2:])).cpu()
             found[method]["seconds"] += time.perf_counter() - start
-            _check_finite(sr, picture, scale)
+            check_finite(sr, f"{picture.hr} at x{scale}")
             sr = sr.clamp(0, 1)
             found[method]["images"][picture.name] = _measure(
                 sr, hr, scale, protocol, picture, extra
@@ -619,13 +664,15 @@ def table(report: dict[str, Any]) -> str:
         count = f"{data['pictures']} picture{'s' if data['pictures'] > 1 else ''}"
         methods = list(data["scales"][0]["methods"])
         labels = [f"{data['name']} ({count}), {names}", *methods]
-        cells = [[f"x{row['scale']:g}" for row in data["scales"]]]
+        cells = [[reports.column(row) for row in data["scales"]]]
         for method in methods:
             cells.append([reports.cell(row["methods"][method], metrics) for row in data["scales"]])
         width, column = max(map(len, labels)), 14 + 9 * (len(metrics) - 2)
         for label, row in zip(labels, cells, strict=True):
             lines.append(f"{label:{width}}" + "".join(f"  {cell:>{column}}" for cell in row))
         lines.append("")
+    if reports.made_lr(report):
+        lines.append(reports.MADE)
     return "\n".join(lines).rstrip()
 
 
@@ -654,7 +701,7 @@ def crops(
     made = {}
     for label, enlarge in methods_at(scale, models, ensemble).items():
         made[label] = enlarge(lr, tuple(hr.shape[-2:])).cpu()
-        _check_finite(made[label], picture, scale)
+        check_finite(made[label], f"{picture.hr} at x{scale}")
     levels = {label: to_uint8(sr) for label, sr in made.items()}
     if box is None:
         box = reports.differing_box([*levels.values()], protocol.shave(scale))
@@ -705,7 +752,12 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
     for data in sets:
         check_sizes(data, scales, args.protocol, least)
     shown = _shown(args, sets, scales)
-    files = _files(args)
+    paths = _checkpoints(args.checkpoint)
+    called = {n: called_after(path) if n == "model" else n for n, path in paths.items()}
+    methods_at(1, dict.fromkeys(called.values()), args.ensemble)  # tables must tell them apart
+    for data in sets:
+        _save_folders(args.save, methods_at(1, paths, args.ensemble), data, sets)
+    files = _files(args, sets)
     if args.save is not None:
         make_folder(args.save)
     device = pick_device(args.device)
@@ -714,15 +766,11 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
         local = int(os.environ.get("LOCAL_RANK", ranks.rank)) % torch.cuda.device_count()
         device = torch.device("cuda", local)
     extra = {name: perceptual(name, device) for name in args.perceptual}
-    paths = _checkpoints(args.checkpoint)
     models = {label: load(path).to(device) for label, path in paths.items()}
-    called = {_called(label, paths[label]): model for label, model in models.items()}
-    methods_at(1, called, args.ensemble)  # refuses what could not be told apart in tables
+    for model in models.values():  # what is compiled or allocated at first counts for no picture
+        run(model, torch.zeros(1, 3, 16, 16), (32, 32), scale=2)
 
-    described = {
-        label: describe_model(model, name)
-        for (label, model), name in zip(models.items(), called, strict=True)
-    }
+    described = {label: describe_model(model, called[label]) for label, model in models.items()}
     report = {
         "protocol": describe_protocol(args.protocol, args.ensemble, list(extra)),
         **({"models": described} if len(described) > 1 else described),
@@ -748,7 +796,8 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
         scale, name = shown
         where, picture = _find(sets, name or "/".join(reports.telling_picture(report, scale)))
         title = f"{where}/{picture.name}"
-        drawn = crops(called, picture, scale, args.protocol, args.box, args.ensemble, title)
+        named = {called[label]: model for label, model in models.items()}
+        drawn = crops(named, picture, scale, args.protocol, args.box, args.ensemble, title)
         save_image(files["figure"], drawn)
     print(f"{table(report)}\n\nreport: {files.pop('output')}")
     for option, path in files.items():
@@ -798,8 +847,8 @@ def _find(sets: list[DataSet], name: str) -> tuple[str, Picture]:
     )
 
 
-def _files(args: argparse.Namespace) -> dict[str, Path]:
-    """What is to be written, by option; InputError unless all of it can be."""
+def _files(args: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str, Path]:
+    """What is to be written, by option; InputError unless all of it can be, and spares the sets."""
     kinds = {"output": "JSON", "csv": "CSV", "markdown": "Markdown", "figure": "picture"}
     files: dict[str, Path] = {}
     for option, kind in kinds.items():
@@ -811,6 +860,7 @@ def _files(args: argparse.Namespace) -> dict[str, Path]:
         for other, taken in files.items():
             if path.resolve() == taken.resolve():
                 raise InputError(f"--{option} and --{other} both name {path}; choose two names")
+        check_spared(option, path, sets)
         files[option] = path
     if "figure" in files:
         check_format(files["figure"], (1, 1))
@@ -832,18 +882,24 @@ def _checkpoints(paths: list[str] | None) -> dict[str, str | None]:
         return {"model": named[0]}
     parts = [(BUNDLED,) if p is None else Path(os.path.abspath(p)).parts[1:] for p in named]
     for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-count:]) for part in parts]
+        labels = ["/".join(part[-max(count, _telling(part)) :]) for part in parts]
         if len(set(labels)) == len(labels):
             return dict(zip(labels, named, strict=True))
     twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
     raise InputError(f"--checkpoint names {twice} twice; name each model once")
 
 
-def _called(label: str, path: str | None) -> str:
-    """What a report calls a checkpoint."""
-    if label != "model":
-        return label
-    return BUNDLED if path is None else Path(path).name
+def called_after(path: str | os.PathLike | None) -> str:
+    """What a report calls a checkpoint: the end of its path, "run/best" for what a run wrote."""
+    if path is None:
+        return BUNDLED
+    parts = Path(os.path.abspath(path)).parts[1:]
+    return "/".join(parts[-_telling(parts) :])
+
+
+def _telling(parts: Sequence[str]) -> int:
+    """How many parts of a path, from its end, name a model: every run has a best."""
+    return 2 if re.fullmatch("best|model|step-.*", "".join(parts[-1:])) else 1
 
 
 def _box(text: str) -> reports.Box:

@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gsr.errors import InputError
+from gsr.evaluation import called_after, check_finite, describe_model
 from gsr.infer import inference
 from gsr.models.bank import BankHead, assign
 from gsr.models.direct import DirectHead
@@ -107,7 +108,8 @@ def survey(
 
     `band` has the rows of `box` and those that reach into it. Works on the model's device, leaves
     its training flags and random numbers alone, and takes for a random assignment its mode, the
-    largest logit. Raises InputError for another kind of picture or a mode that is not known here.
+    largest logit. Raises InputError for another kind of picture, a mode that is not known here, or
+    a model that gives NaN or infinity.
     """
     from tqdm import tqdm
 
@@ -123,6 +125,8 @@ def survey(
     with inference(model), tqdm(total=height, unit="row", disable=not progress) as bar:
         for band in _bands(model, picture):
             f = band.tensors
+            for t in f:
+                check_finite(t, "this photo")
             sigma_y, sigma_x = f.sigma.unbind(2)
             values = (f.opacity, sigma_y, sigma_x, f.rho)
             for total, value in zip(sums.values(), values, strict=True):
@@ -168,6 +172,7 @@ def _fields(head: torch.nn.Module, features: Tensor, lr: Tensor) -> Fields:
         label = torch.arange(head.gaussians, device=lr.device)[None, :, None, None]
         return Fields(e.sigma, e.rho, e.opacity, e.offset, e.colour, label.expand_as(e.rho))
     logits = head.classifier(features).float()
+    check_finite(logits, "this photo")
     kind = "softmax" if head.config.assignment == "softmax" else "argmax"
     sigma, opacity, rho = head.bank(assign(logits, kind)).split([2, 1, 1], dim=1)
     sigma, label = sigma[:, None], logits.argmax(1, keepdim=True)
@@ -628,6 +633,7 @@ def inspect(
     }
     if isinstance(head, DirectHead):
         added = share(head, fields, box, zoom, first)
+        check_finite(torch.from_numpy(added), "this photo")
         label, odd = dominant(fields, box, zoom, head.radius, first)
         pictures["share.png"], white = draw_signed(added)
         pictures["dominant.png"] = draw_dominant(label, odd, head.gaussians)
@@ -753,7 +759,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from gsr.checkpoint import load
     from gsr.device import pick_device, set_threads
-    from gsr.evaluation import describe_model
     from gsr.image import read_image, write_atomic, write_image
     from gsr.models import check_scale
     from gsr.paths import make_folder, usable
@@ -779,10 +784,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_folder(folder)
     for name, image in pictures.items():
         write_image(folder / name, image)
-    about = describe_model(model, Path(args.model).name if args.model else "bundled")
+    about = describe_model(model, called_after(args.model))
     report["photo"]["name"] = Path(args.photo).name
     report = {"model": about, **report}
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(folder / "inspection.json", text.encode())
     if not args.quiet:
         for name, caption in report["pictures"].items():

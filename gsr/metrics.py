@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gsr.errors import InputError
 
-# ITU-R BT.601 luma of RGB in [0, 1]: Y = 16 + 256 (LUMA / 256 . RGB), within 16 .. 235 of 255.
+# ITU-R BT.601 luma of RGB in [0, 1]: Y = 16 + 255 (LUMA / 256 . RGB), within 16 .. 235 of 255.
 LUMA = (65.738, 129.057, 25.064)
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5

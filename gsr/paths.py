@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gsr.errors import InputError
@@ -48,3 +50,43 @@ def check_takes_files(folder: Path) -> None:
         raise InputError(
             f"the folder {folder} may not be written to ({error.strerror}); choose another"
         ) from None
+
+
+_held: list[int] = []  # handles of the folders that are held
+
+
+@contextmanager
+def alone(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder against other runs, where the system has such locks; a kill releases it.
+
+    Raises InputError with the sentence `refusal` if another run holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    _held.append(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has the handle too, and might hold the folder for longer than a killed run.
+    os.register_at_fork(after_in_child=_let_go)

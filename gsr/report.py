@@ -28,7 +28,7 @@ class Published:
 
     name: str
     source: str
-    protocol: str  # of gsr.metrics, in which the figures can be compared
+    protocol: str  # of gsr.metrics, the nearest to the paper's; see CAVEATS
     psnr: dict[str, dict[int, float]]
 
     @property
@@ -36,14 +36,17 @@ class Published:
         return f"{self.name} ({self.source})"
 
 
+DIV2K_SCALES = (2, 3, 4, 6, 12, 18, 24, 30)
+
+
 def _div2k(name: str, source: str, *psnr: float) -> Published:
     return Published(
-        name, source, "div2k", {"DIV2K_valid": dict(zip((2, 3, 4, 6, 12), psnr, strict=False))}
+        name, source, "div2k", {"DIV2K_valid": dict(zip(DIV2K_SCALES, psnr, strict=False))}
     )
 
 
 PUBLISHED = (
-    # Networks for whole scales, one trained for each (VDSR: one for all three).
+    # Networks for luma at whole scales, one trained for each (VDSR: one for all three).
     Published(
         "FSRCNN", "Dong et al., ECCV 2016", "benchmark", {"Set5": {2: 37.00, 3: 33.16, 4: 30.71}}
     ),
@@ -57,14 +60,30 @@ PUBLISHED = (
             "B100": {2: 31.90, 3: 28.82, 4: 27.29},
         },
     ),
-    # Networks for any scale, all with the encoder EDSR-baseline. Beyond x4 the papers made LR with
-    # other bicubic code than ours; the two rows of bicubic show how much that matters.
-    _div2k("bicubic", "Chen et al., CVPR 2021, Table 1", 31.01, 28.22, 26.66, 24.82, 22.27),
-    _div2k("LIIF", "Chen et al., CVPR 2021, Table 1", 34.67, 30.96, 29.00, 26.75, 23.71),
-    _div2k("LTE", "Lee & Jin, CVPR 2022", 34.72, 31.02, 29.04, 26.81, 23.78),
+    # Networks for any scale, all with the encoder EDSR-baseline.
+    _div2k(
+        "bicubic", "Chen et al., CVPR 2021, Table 1",
+        31.01, 28.22, 26.66, 24.82, 22.27, 21.00, 20.19, 19.59,
+    ),
+    _div2k(
+        "LIIF", "Chen et al., CVPR 2021, Table 1",
+        34.67, 30.96, 29.00, 26.75, 23.71, 22.17, 21.18, 20.48,
+    ),
+    _div2k(
+        "LTE", "Lee & Jin, CVPR 2022, Table 1",
+        34.72, 31.02, 29.04, 26.81, 23.78, 22.23, 21.24, 20.53,
+    ),
     _div2k("Thera Air", "Becker et al., 2025", 34.75, 31.09, 29.10, 26.84, 23.80),
     Published("GaussianSR", "Hu et al., AAAI 2025", "div2k", {"DIV2K_valid": {2: 34.61, 4: 29.01}}),
-)
+)  # fmt: skip
+# What the legend says of a protocol's rows.
+CAVEATS = {
+    "benchmark": "The published networks reduce and enlarge luma alone: their figures are near to "
+    "this protocol's, not of it.",
+    "div2k": "The published networks have the encoder EDSR-baseline. Beyond x4 their papers made "
+    "LR with other bicubic code than ours; the two rows of bicubic show how much that matters. "
+    "GaussianSR's paper trained its rivals anew: its row is on another footing than theirs.",
+}
 # How many pictures a set has, and what its folder may be called besides.
 PICTURES = {"Set5": 5, "Set14": 14, "B100": 100, "DIV2K_valid": 100}
 ALIASES = {"bsd100": "B100", "bsds100": "B100", "div2k_valid_hr": "DIV2K_valid"}
@@ -107,11 +126,26 @@ def cell(values: Mapping[str, Any], metrics: Sequence[str]) -> str:
     )
 
 
+MADE = "*: LR made from HR by imresize, not the data set's own"
+
+
+def column(row: Mapping[str, Any]) -> str:
+    """A scale as the head of a column: "x3", or "x3*" where LR was made from HR."""
+    return f"x{row['scale']:g}" + ("*" if row["lr"] == "imresize" else "")
+
+
+def made_lr(report: Mapping[str, Any]) -> bool:
+    """Whether LR was made from HR anywhere in a report."""
+    return any(row["lr"] == "imresize" for data in report["sets"] for row in data["scales"])
+
+
 def csv_text(report: Mapping[str, Any]) -> str:
     """Every number of a report as CSV: a row for each set, scale, method and picture.
 
-    All digits, in the order in which they were measured; an infinite PSNR is inf.
+    All digits, in the order in which they were measured; an infinite PSNR is inf. A model is called
+    by its checkpoint.
     """
+    called = _names(report)
     first = next(iter(report["sets"][0]["scales"][0]["methods"].values()))
     metrics = list(next(iter(first["images"].values())))
     file = io.StringIO()
@@ -122,30 +156,28 @@ def csv_text(report: Mapping[str, Any]) -> str:
             for method, values in row["methods"].items():
                 for picture, image in values["images"].items():
                     numbers = ["inf" if image[key] is None else repr(image[key]) for key in metrics]
-                    where = [data["name"], row["scale"], row["shave"], row["lr"], method, picture]
-                    writer.writerow([*where, *numbers])
+                    where = [data["name"], row["scale"], row["shave"], row["lr"]]
+                    writer.writerow([*where, called.get(method, method), picture, *numbers])
     return file.getvalue()
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """One Markdown table a data set: what was measured, then what papers state, at every scale.
 
-    A model is called by its checkpoint. A scale that a paper says nothing about is an empty cell.
-    Below the tables stands what the figures mean.
+    A model is called by its checkpoint. An empty cell is a figure that is not entered here. Below
+    the tables stands what the figures mean.
     """
     protocol, metrics = report["protocol"], metrics_of(report)
     names = " / ".join(
         f"PSNR {protocol['psnr']['colour']} in dB" if key == "psnr" else key.upper()
         for key in metrics
     )
-    called = {label: model["checkpoint"] for label, model in _models(report).items()}
-    called |= {f"{label}+": f"{name}+" for label, name in called.items()}
-    blocks, quoted = [], False
+    called, blocks, quoted = _names(report), [], False
     for data in report["sets"]:
         scales = data["scales"]
         count = f"{data['pictures']} picture{'s' if data['pictures'] > 1 else ''}"
         head = f"{data['name']}, {count}: {names}"
-        lines = [_line(head, "figures", *(f"x{row['scale']:g}" for row in scales))]
+        lines = [_line(head, "figures", *map(column, scales))]
         lines.append("|---" * (2 + len(scales)) + "|")
         for method in scales[0]["methods"]:
             label = f"**{called[method]}**" if method in called else method
@@ -171,6 +203,12 @@ def _models(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return report["models"] if "models" in report else {"model": report["model"]}
 
 
+def _names(report: Mapping[str, Any]) -> dict[str, str]:
+    """What the models' rows are called, by label."""
+    called = {label: model["checkpoint"] for label, model in _models(report).items()}
+    return called | {f"{label}+": f"{name}+" for label, name in called.items()}
+
+
 def _legend(report: Mapping[str, Any], quoted: bool) -> str:
     protocol = report["protocol"]
     text = [
@@ -182,19 +220,22 @@ def _legend(report: Mapping[str, Any], quoted: bool) -> str:
             for model in _models(report).values()
         ),
     ]
+    text += [f"{MADE}."] if made_lr(report) else []
     if "ensemble" in protocol:
         text.append(f"With +: {protocol['ensemble']}.")
     if quoted:
-        text.append("published: PSNR as the cited paper prints it, not measured here.")
-        if protocol["name"] == "div2k":
-            text.append("The published networks have the encoder EDSR-baseline.")
+        text += [
+            "published: PSNR as the cited paper prints it, not measured here; an empty cell is not "
+            "entered here.",
+            CAVEATS[protocol["name"]],
+        ]
     return " ".join(text)
 
 
 # ---- figure -------------------------------------------------------------------------------------
 
 PANEL = 240  # pixels that a crop is enlarged to, at most, unless it is larger itself
-LEAST = 160  # pixels of width that a label has, however narrow its crop is
+LEAST = 160  # pixels of width of a label, and of height of the picture, however small the box is
 TEXT, BAND, GAP = 14, 22, 8  # pixels: letters, the line they stand in, between panels
 COLOUR = "#e41a1c"
 
@@ -269,7 +310,8 @@ def figure(
     rows = math.ceil(len(crops) / columns)
     panel_w, panel_h = max(w * zoom, LEAST), h * zoom
     inner = rows * (panel_h + BAND + GAP) - GAP - BAND
-    whole, factor = _fitted_picture(Image.fromarray(hr), inner, 2 * columns * PANEL)
+    # The crops of a flat box would leave no height for the picture.
+    whole, factor = _fitted_picture(Image.fromarray(hr), max(inner, LEAST), 2 * columns * PANEL)
     left = 2 * GAP + whole.width
     size = (left + columns * (panel_w + GAP), max(inner, whole.height) + BAND + 2 * GAP)
     sheet = Image.new("RGB", size, "white")

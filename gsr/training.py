@@ -4,7 +4,8 @@ A run folder holds `config.yaml` (what was asked for), `state.pt` (everything th
 needs), `model/` (the latest weights as a model folder), `best/` (the weights with the highest
 validation PSNR), `log.jsonl` and TensorBoard's files. With `train.ema` both model folders, and the
 validation, are of the running mean of the weights; `state.pt` has that and the weights themselves.
-With `train.keep`, `state-STEP.pt` are earlier states: copied over `state.pt`, one is resumed.
+With `train.keep`, `state-STEP.pt` are earlier states: copied over `state.pt`, one is resumed. An
+empty `.unsaved` is there until the first state is: the run may be started again, in the same place.
 
 Several processes, started by `torchrun`, share every batch; see `gsr.distributed`. A step of N
 processes, or of N micro-batches (`train.accumulate`), has the gradient of a step of one, but for
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import io
 import json
 import math
 import os
 import re
 import sys
+import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +55,7 @@ from gsr.errors import InputError
 from gsr.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
-from gsr.paths import make_folder, usable
+from gsr.paths import alone, make_folder, usable
 from gsr.resize import bicubic
 
 VAL_SCALES = (2, 3, 4, 6, 8)
@@ -134,6 +137,13 @@ def _show_gaussians(board, model: GaussianSR, picture: np.ndarray, step: int) ->
     board.add_image("val/gaussians", drawn, step, dataformats="HWC")
 
 
+def describe_pictures(paths: list[Path], folder: str) -> str:
+    """How many pictures, and which: by a hash of their paths below the folder."""
+    names = "\0".join(path.relative_to(folder).as_posix() for path in paths)
+    digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    return f"{len(paths)} pictures ({digest[:16]} by their names)"
+
+
 def _flat(section: dict, where: str = "") -> dict:
     """{"train.lr": 1e-4, ...} of nested sections."""
     flat = {}
@@ -163,15 +173,15 @@ class Loss(nn.Module):
 
 
 class Trainer:
-    """One run: builds everything from the config, then `fit`.
+    """One run: builds everything from the config, then `fit`, at whose end the folder is let go.
 
     Args:
         config: the experiment.
         resume: continue the run folder's state; without it an existing run is refused.
 
     Raises:
-        InputError: the data, the run folder or the initial weights do not serve, or the batch
-            cannot be shared.
+        InputError: the data, the run folder or the initial weights do not serve, another training
+            is at work in that folder, or the batch cannot be shared.
     """
 
     def __init__(self, config: Config, resume: bool = False):
@@ -180,17 +190,18 @@ class Trainer:
         micro_batch(c.data.batch, distributed.count(), c.train.accumulate)
         self.folder = usable(Path(c.output) / c.name)
         self.log = self.folder / "log.jsonl"
-        state = self.folder / "state.pt"
-        if state.exists() and not resume:
-            raise InputError(
-                f"{self.folder} holds a run already: continue it with --resume or choose "
-                "another name"
-            )
+        state, self.unsaved = self.folder / "state.pt", self.folder / ".unsaved"
         if resume:
             self._check_same_run(state)
+        else:
+            self._check_free(state)
         set_threads(c.train.threads)
         self.device = distributed.pick(c.train.device)
         train_paths, val_paths = split_pictures(c.data)
+        self.pictures = {
+            "train": describe_pictures(train_paths, c.data.train),
+            "val": describe_pictures(val_paths, c.data.val or c.data.train),
+        }
         self.pairs = validation_pairs(val_paths) if self.leads else []
         self.dataset = PatchDataset(train_paths, c.data)
         self.per_epoch = steps_per_epoch(len(train_paths), c.data)
@@ -207,17 +218,42 @@ class Trainer:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(c.train.ema))
             self.ema.update_parameters(self.model)  # the first time copies: the mean starts here
         self.step, self.best = 0, -math.inf
-        if resume:
-            self._load(state)
-        if self.leads and resume:
-            self._forget_after(self.step)
-        elif self.leads:
-            make_folder(self.folder)
-            text = yaml.safe_dump(to_dict(c), sort_keys=False)
-            write_atomic(self.folder / "config.yaml", text.encode())
-            self.log.unlink(missing_ok=True)
-        self.saved = self.step  # the step of state.pt
-        self.loss = distributed.parallel(Loss(self.model, c.train.precision))
+        with ExitStack() as stack:
+            if self.leads:
+                make_folder(self.folder)
+                refusal = f"another training is at work in {self.folder}; wait until it has ended"
+                stack.enter_context(alone(self.folder, refusal))
+            if resume:
+                self._load(state)
+            if self.leads and resume:
+                self._forget_after(self.step)
+            elif self.leads:
+                self._check_free(state)  # another training may have ended since
+                self._begin()
+            self.saved = self.step  # the step of state.pt
+            self.loss = distributed.parallel(Loss(self.model, c.train.precision))
+            self.held = stack.pop_all()
+
+    def _check_free(self, state: Path):
+        """A new run is not written over another, whatever is left of that."""
+        if state.exists():
+            raise InputError(
+                f"{self.folder} holds a run already: continue it with --resume or choose "
+                "another name"
+            )
+        left = [p for p in map(self.folder.joinpath, ("best", "model")) if p.exists()]
+        left = [*self._numbered().values(), *left]
+        if left and not self.unsaved.exists():
+            raise InputError(
+                f"{self.folder} holds {left[0].name} of another run: move it away or choose "
+                "another name"
+            )
+
+    def _begin(self):
+        write_atomic(self.unsaved, b"")
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        write_atomic(self.folder / "config.yaml", text.encode())
+        self.log.unlink(missing_ok=True)
 
     def _check_same_run(self, state: Path):
         """A run goes on with the config that started it, but for how fast it goes and reports."""
@@ -251,20 +287,23 @@ class Trainer:
 
         Raises:
             InputError: the run is finished already, or ends before its time: a picture cannot be
-                read any more, weights are not finite, the disk is full.
+                read any more, weights are not finite, the disk is full, a process was ended.
         """
-        if self.step >= self.total:
-            raise InputError(f"{self.folder} is finished: it has done all its {self.total} steps")
         bar = tqdm(
             total=self.total, initial=self.step, unit="step", file=sys.stderr,
             disable=not (progress and self.leads),
         )  # fmt: skip
-        with self._writing(), bar:
-            return self._fit(bar)
+        with self.held, self._writing(), self._loading(), quiet_threads(), bar:
+            if self.step >= self.total:
+                raise InputError(
+                    f"{self.folder} is finished: it has done all its {self.total} steps"
+                )
+            board = open_board(self.folder / "tensorboard", self.step) if self.leads else None
+            with closing(board) if board else nullcontext():
+                return self._fit(bar, board)
 
-    def _fit(self, bar: tqdm) -> dict[str, float]:
+    def _fit(self, bar: tqdm, board) -> dict[str, float]:
         c = self.config.train
-        board = open_board(self.folder / "tensorboard", self.step) if self.leads else None
         loader = make_loader(
             self.dataset, c.seed, self.step, self.total, c.accumulate, self.device.type == "cuda"
         )
@@ -301,8 +340,6 @@ class Trainer:
                 metrics = self._validate(board)
             if save and self.leads:
                 self._save()
-        if board:
-            board.close()
         return metrics
 
     @contextmanager
@@ -317,11 +354,31 @@ class Trainer:
             cause = error if isinstance(error, OSError) else error.__context__
             if getattr(cause, "errno", None) not in FULL:
                 raise
-            state = self.folder / "state.pt"
-            go_on = f"resume from {state} (step {self.saved})" if state.exists() else "start again"
             raise InputError(
                 f"{self.folder} cannot be written at step {self.step} "
-                f"({cause.strerror}): free some space and {go_on}"
+                f"({cause.strerror}): free some space and {self._go_on()}"
+            ) from None
+
+    def _go_on(self) -> str:
+        state = self.folder / "state.pt"
+        return f"resume from {state} (step {self.saved})" if state.exists() else "start again"
+
+    @contextmanager
+    def _loading(self):
+        """A loader process that was ended from outside ends the run in a sentence.
+
+        The news comes at any time, by a signal, or when something is read from that process.
+        """
+        try:
+            yield
+        except (RuntimeError, ConnectionError) as error:
+            lost = "DataLoader worker", "exited unexpectedly"
+            if isinstance(error, RuntimeError) and not any(text in str(error) for text in lost):
+                raise
+            reason = " ".join(str(error).split())
+            raise distributed.Lost(
+                f"a loader process was ended from outside at step {self.step}, perhaps for want of "
+                f"memory ({reason}): lower data.workers and {self._go_on()}"
             ) from None
 
     def _validate(self, board) -> dict[str, float]:
@@ -419,12 +476,14 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
             "best": self.best,
+            "pictures": self.pictures,
         }
         save_model(self.folder / "model", self.shown)
         packed = io.BytesIO()
         torch.save(state, packed)
         self._keep_before()
         write_atomic(self.folder / "state.pt", packed.getbuffer())
+        self.unsaved.unlink(missing_ok=True)
         self.saved = self.step
 
     def _keep_before(self):
@@ -449,16 +508,42 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
+            self.step, self.best = int(state["step"]), float(state["best"])
+            before = dict(state.get("pictures", self.pictures))  # older states do not tell
         except Exception as error:
             raise InputError(
                 f"{path} is damaged ({type(error).__name__}): start again under another name, with "
                 f"init={self.folder / 'model'} if that still loads"
             ) from None
-        self.step, self.best = state["step"], state["best"]
+        for key, now in self.pictures.items():
+            if before.get(key) != now:
+                raise InputError(
+                    f"data.{key}: this run was started with {before.get(key)} and there are {now} "
+                    "now: put back what was there, or start a new run under another name"
+                )
+
+
+@contextmanager
+def quiet_threads():
+    """TensorBoard's thread does not print that the disk is full: it is raised here as well."""
+    before = threading.excepthook
+
+    def hook(failed):
+        if getattr(failed.exc_value, "errno", None) not in FULL:
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if getattr(thread, "exception", None):  # TensorBoard's tells it before it ends
+                thread.join(1)
+        threading.excepthook = before
 
 
 def open_board(folder: Path, step: int):
-    """TensorBoard's writer, its later entries than `step` purged; None where it is missing."""
+    """TensorBoard's writer, its entries after `step` purged; None where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -468,7 +553,7 @@ def open_board(folder: Path, step: int):
             file=sys.stderr,
         )
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,21 @@ from safetensors.torch import load_file
 
 from gsr import cli, compare
 from gsr.checkpoint import load_model
-from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
+from gsr.config import (
+    BankConfig,
+    DecoderConfig,
+    DirectConfig,
+    EncoderConfig,
+    LIIFConfig,
+    LTEConfig,
+    ModelConfig,
+    load_config,
+)
 from gsr.errors import InputError
 from gsr.evaluation import evaluate
+from gsr.image import read_image, write_image
 from gsr.models import GaussianSR
-from gsr.training import Trainer
+from gsr.training import Loss, Trainer
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"
@@ -116,6 +128,7 @@ def test_the_three_forms_agree(done):
         assert line["method"] == row["name"]
         for cell in row["sets"]:
             where = f"{cell['set']} x{cell['scale']}"
+            assert cell["lr"] == ("paired" if cell["scale"] == 2 else "imresize")
             assert float(line[f"{where} psnr mean"]) == cell["psnr"]["mean"]
             assert float(line[f"{where} ssim mean"]) == cell["ssim"]["mean"]
             assert f"{cell['psnr']['mean']:.2f}" in text
@@ -124,6 +137,7 @@ def test_the_three_forms_agree(done):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1 and len(table) == 5
     assert "Failed" not in text and "differ" not in text
+    assert "| eval x2 | eval x4* |" in table[0] and "*: LR made from HR" in text
 
 
 def test_a_run_is_an_ordinary_training(done, tmp_path):
@@ -230,10 +244,105 @@ def test_another_config_does_not_go_on_with_a_run(done, tmp_path):
     changed["model"]["direct"]["width"] = 6
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(changed))
     before = weights(out / "a-seed0")
-    report = compared([tmp_path / "a.yaml"], out, seeds=1)
-    assert "another model.direct.width" in report["runs"][0]["error"]
+    table = (out / "comparison.json").read_bytes()
+    with pytest.raises(InputError, match="a-seed0 was started with another model.direct.width"):
+        compared([tmp_path / "a.yaml", configs[1]], out)
+    for key, value in (("steps", 5), ("accumulate", 2)):  # `official` feels micro-batches
+        others = both(tmp_path / key, **{f"train__{key}": value})
+        with pytest.raises(InputError, match=f"b-seed0 was started with another train.{key}:"):
+            compared(others, out, allow_differences=True)
     assert all(torch.equal(before[k], v) for k, v in weights(out / "a-seed0").items())
-    compared(configs, out)
+    assert (out / "comparison.json").read_bytes() == table
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("comparison.*")}
+
+
+def test_a_table_is_not_replaced_by_a_poorer_one(done, tmp_path, monkeypatch):
+    out, configs, _ = done
+    shutil.copytree(out, tmp_path / "out")
+    out, whole = tmp_path / "out", files_of(tmp_path / "out")
+    # Runs are bound to their folder by name only: `output` may change.
+    with pytest.raises(InputError, match=r"not asked for now \(b-seed0, b-seed1\).*--seeds.*-o"):
+        compared(configs[:1], out)
+    with pytest.raises(InputError, match=r"not asked for now \(a-seed1, b-seed1\)"):
+        compared(configs, out, seeds=1)
+    assert files_of(out) == whole
+
+    def train(config, *_):
+        raise InputError("no")
+
+    # Another config may join; the first table that is written has all that the old one had.
+    monkeypatch.setattr(compare, "train", train)
+    written, write = [], compare.write
+    monkeypatch.setattr(compare, "write", lambda report, folder: (
+        written.append([e["folder"] for e in report["runs"] if "result" in e]),
+        write(report, folder)))  # fmt: skip
+    c = write_config(tmp_path / "c.yaml", "c", gaussians=3)
+    compared([c, *configs], out)
+    assert all(runs == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"] for runs in written)
+    # Measured anew, the old one stands until all that it lists is measured.
+    written.clear()
+    measured, measure = [], evaluate
+
+    def interrupted(*args, **options):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return measure(*args, **options)
+
+    before = files_of(out)
+    monkeypatch.setattr(compare, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compared([c, *configs], out, scales=[3])
+    assert written == [] and files_of(out) == before
+
+
+def test_other_pictures_are_measured_again_but_not_trained_for(done, tmp_path, monkeypatch):
+    _, configs, _ = done
+    data = tmp_path / "eval"
+    shutil.copytree(EVAL, data)
+    options = {"sets": [data], "scales": [2], "seeds": 1, "limit": None}
+    first = compared(configs, tmp_path / "out", **options)
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained again"))
+    measured = []
+    monkeypatch.setattr(compare, "evaluate", lambda *args, **more: (
+        measured.append(args), evaluate(*args, **more))[1])  # fmt: skip
+    assert compared(configs, tmp_path / "out", **options)["runs"] == first["runs"]
+    assert measured == []
+    lr = data / "LR_bicubic/X2/otterx2.png"
+    write_image(lr, 255 - read_image(lr))
+    other = compared(configs, tmp_path / "out", **options)
+    assert len(measured) == 2
+    assert other["methods"][0]["sets"] != first["methods"][0]["sets"]
+    shutil.copy(data / "HR/otter.png", data / "HR/zebra.png")
+    shutil.copy(lr, data / "LR_bicubic/X2/zebrax2.png")
+    more = compared(configs, tmp_path / "out", **options)
+    assert len(measured) == 4
+    assert {e["result"]["sets"][0]["pictures"] for e in more["runs"]} == {4}
+    seconds = {r["runs"][0]["result"]["training_seconds"] for r in (first, more)}
+    assert len(seconds) == 1
+
+
+def test_bad_pictures_are_found_before_the_training(done, tmp_path, monkeypatch):
+    _, configs, _ = done
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained first"))
+    shutil.copytree(EVAL, tmp_path / "eval")
+    write_image(tmp_path / "eval/LR_bicubic/X2/skylinex2.png", np.zeros((27, 33, 3), np.uint8))
+    options = {"sets": [tmp_path / "eval"], "scales": [2], "limit": None}
+    with pytest.raises(InputError, match="skylinex2.png has 33 x 27 pixels, which is not"):
+        compared(configs, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="otter.png at x21"):
+        compared(configs, tmp_path / "out", scales=[2, 21])
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_is_refused(done, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="without torchrun"):
+        compared(done[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -242,7 +351,8 @@ def test_another_config_does_not_go_on_with_a_run(done, tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [("data__patch", 13), ("data__scale_max", 3.0), ("train__steps", 4), ("train__clip", 1.0),
-     ("train__schedule", "step")],
+     ("train__schedule", "step"), ("train__accumulate", 2), ("train__threads", 2),
+     ("train__device", "cpu"), ("data__workers", 1)],
 )  # fmt: skip
 def test_differences_are_named(key, value, tmp_path):
     configs = both(tmp_path, **{key: value})
@@ -252,13 +362,14 @@ def test_differences_are_named(key, value, tmp_path):
 
 
 def test_what_may_differ(tmp_path):
-    same = {"data__workers": 1, "data__cache": False, "train__log_every": 7, "train__seed": 9,
+    same = {"data__cache": False, "train__log_every": 7, "train__seed": 9,
             "train__gamma": 0.1, "train__epochs": 3}  # fmt: skip
     methods = compare.read_methods(both(tmp_path, **same))
     assert compare.differences(methods) == []
     # What the arguments name is the same everywhere.
-    configs = both(tmp_path, train__steps=9, data__train="nowhere", data__val="nowhere")
-    methods = compare.read_methods(configs, steps=2, data=PHOTOS, threads=1)
+    configs = both(tmp_path, train__steps=9, data__train="nowhere", data__val="nowhere",
+                   train__threads=2, train__device="cuda")  # fmt: skip
+    methods = compare.read_methods(configs, steps=2, data=PHOTOS, threads=1, device="cpu")
     assert compare.differences(methods) == []
     assert {m.config.data.train for m in methods} == {str(PHOTOS)}
     assert {m.config.train.steps for m in methods} == {2}
@@ -311,6 +422,40 @@ def test_cost_by_hand(mode):
     assert abs(found["hr_macs"] - decoder) < 0.01 * decoder and found["splat_weights"] == 49
 
 
+@pytest.mark.parametrize(
+    "mode, lr_macs, hr_macs",
+    [
+        # LIIF's first layer is a convolution at LR; four codes go through the others.
+        ("liif", 9 * 32 * 64, 4 * (64 * 64 + 64 * 3)),
+        ("lte", 9 * 32 * 2 * 64, 4 * (64 * 64 + 64 * 64 + 64 * 3)),
+        # Without a splat coef and freq are convolutions at HR.
+        ("bicubic", 0, 9 * 32 * 2 * 64 + 64 * 64 + 64 * 64 + 64 * 3),
+    ],
+)
+def test_cost_of_heads_without_gaussians_by_hand(mode, lr_macs, hr_macs):
+    """With the widths of configs/compare."""
+    widths = {"hidden_dim": 64, "hidden_list": [64, 64]}
+    config = ModelConfig(
+        mode=mode,
+        encoder=EncoderConfig(n_feats=32, n_blocks=4),
+        liif=LIIFConfig(hidden_list=[64, 64]),
+        lte=LTEConfig(**widths),
+        decoder=DecoderConfig(**widths),
+    )
+    found, encoder = compare.cost(config), 9 * (3 * 32 + 9 * 32 * 32)
+    assert found["lr_macs"] == encoder + lr_macs and found["splat_weights"] is None
+    assert abs(found["hr_macs"] - hr_macs) < 0.002 * hr_macs
+
+
+def test_heads_that_are_compared_are_those_of_the_configs():
+    for name, mode in (("liif", "liif"), ("lte", "lte"), ("no-splat", "bicubic")):
+        model = load_config(ROOT / "configs/compare" / f"{name}.yaml").model
+        section = model.decoder if mode == "bicubic" else getattr(model, mode)
+        assert model.mode == mode and section.hidden_list == [64, 64]
+        assert getattr(section, "hidden_dim", 64) == 64
+        assert (model.encoder.n_feats, model.encoder.n_blocks) == (32, 4)
+
+
 def test_training_seconds_are_those_of_the_steps(tmp_path):
     rows = [
         {"kind": "train", "step": 10, "steps_per_second": 5.0},
@@ -320,6 +465,67 @@ def test_training_seconds_are_those_of_the_steps(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare.training_seconds(tmp_path) == 2 + 10
     assert compare.training_seconds(tmp_path / "none") is None
+
+
+def test_what_is_compiled_at_first_is_not_timed(tmp_path, monkeypatch):
+    config = compare.read_methods(both(tmp_path)[:1])[0].run(tmp_path, 0)
+    forward, calls = Loss.forward, []
+
+    def slow_at_first(self, batch):
+        time.sleep(0.0 if calls else 1.0)
+        calls.append(batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Loss, "forward", slow_at_first)
+    compare.train(config, tmp_path / config.name)
+    assert len(calls) == 3 + 1 and 0 < compare.training_seconds(tmp_path / config.name) < 1
+    assert torch.equal(calls[0].lr, calls[1].lr)  # the first step's, for its shapes
+
+
+def test_times_are_those_of_one_place():
+    def entry(method, seconds, where):
+        times = {"training_seconds": seconds, "training_on": where}
+        times |= {"upscaling_seconds": 2 * (seconds or 1), "upscaling_on": where}
+        return {"method": method, "result": {**times, "sets": []}}
+
+    runs = [entry("a", 4.0, "cpu, 1 thread"), entry("a", 8.0, "cpu, 1 thread"),
+            entry("b", 4.0, "cpu, 1 thread"), entry("b", 4.0, "cpu, 2 threads"),
+            entry("c", None, "cpu, 1 thread")]  # fmt: skip
+    bicubic = {"upscaling_seconds": 1.0, "upscaling_on": "cpu, 1 thread"}
+    costs = {name: {"parameters": 1} for name in "abc"}
+
+    def table(runs):
+        rows = compare._rows(runs, costs, bicubic, 2)
+        report = {"methods": rows, "runs": [], "differences": [], "timed": "T",
+                  "protocol": {"name": "p", "psnr": {"colour": "Y"}}}  # fmt: skip
+        return rows, compare.markdown(report)
+
+    rows, text = table(runs)
+    assert rows[1]["training_seconds"] == 6 and rows[1]["upscaling_seconds"] == 12
+    assert "training_seconds" not in rows[2] and "training_seconds" not in rows[3]
+    assert "; both on cpu, 1 thread." in text and "| 6 s | 12 s |" in text
+    _, text = table([*runs[:2], runs[3]])
+    assert "| 6 s (cpu, 1 thread) | 12 s (cpu, 1 thread) |" in text
+    assert "| 4 s (cpu, 2 threads) | 8 s (cpu, 2 threads) |" in text
+    assert "on what, stands beside it" in text and "both on" not in text
+
+
+def test_a_training_that_began_otherwise_has_no_time(done, tmp_path):
+    out, configs, _ = done
+    ended = tmp_path / "out" / "a-seed0"  # trained to its last step, then interrupted
+    shutil.copytree(out / "a-seed0", ended)
+    before = torch.get_num_threads()
+    try:
+        for threads, where in ((1, "cpu, 1 thread"), (2, "cpu, 2 threads")):
+            (ended / "comparison.json").unlink()
+            (tmp_path / "out" / "comparison.json").unlink(missing_ok=True)
+            methods = compare.read_methods(configs[:1], threads=threads)
+            report = compare.compare(methods, tmp_path / "out", [EVAL], [2], 1, limit=1)
+            result = report["runs"][0]["result"]
+            assert (result["training_seconds"] is None) == (threads == 2)
+            assert result["upscaling_on"] == report["methods"][1]["upscaling_on"] == where
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_durations():

@@ -88,7 +88,7 @@ def test_every_mistake_is_named_at_once(write):
         "train.device must be text, not 1; put it in quotes",
         "train.lr must be a number, not the text 'fast'",
         "data.cache must be one of memory, mmap, none, true, false, not the text 'yes'",
-        "data.batch must be at least 1, not 0",
+        "data.batch must be from 1 to 1000000, not 0",
         "data.val must be text or null, not 1; put it in quotes",
     ):
         assert expected in lines, expected
@@ -113,21 +113,35 @@ def test_every_mistake_is_named_at_once(write):
         ("model.decoder.hidden_dim=7", "even"),
         ("model.decoder.hidden_list=[]", "1 to 64 widths"),
         ("model.decoder.hidden_list=[4, 0]", "each from 1 to 4096"),
-        ("data.patch=7", "at least 8"),
-        ("data.scale_min=0.5", "at least 1"),
-        ("data.scale_max=0.9", "at least scale_min"),
+        ("data.patch=7", "from 8 to 4096"),
+        ("data.patch=1" + 400 * "0", "from 8 to 4096"),
+        ("data.scale_min=0.5", "from 1 to 1000"),
+        ("data.scale_min=1e308", "from 1 to 1000"),
+        ("data.scale_max=1e308", "from 1 to 1000"),
+        ("data.scale_max=0.9", "from 1 to 1000"),
         ("data.queries=2305", "at most round"),
-        ("data.batch=0", "at least 1"),
-        ("data.workers=-1", "at least 0"),
+        ("data.queries=1" + 400 * "0", "at most round"),
+        ("data.batch=0", "from 1 to 1000000"),
+        ("data.batch=1" + 400 * "0", "from 1 to 1000000"),
+        ("data.repeat=10000000000000", "from 1 to 10000"),
+        ("data.workers=-1", "from 0 to 1024"),
+        ("data.train=''", "a folder"),
+        ("data.val=' '", "a folder"),
+        ("data.cache_dir=''", "a folder"),
+        ("init=''", "a model folder"),
+        ("output=''", "a folder"),
         ("data.cache=1", "one of memory, mmap, none, true, false"),
         ("data.cache_budget=lots", "such as 500MB"),
-        ("train.accumulate=0", "at least 1"),
+        ("train.accumulate=0", "from 1 to 1000000"),
         ("train.ema=1", "below 1"),
-        ("train.keep=-1", "at least 0"),
+        ("train.keep=-1", "from 0 to"),
         ("train.lr=0", "above 0"),
         ("train.lr=.inf", "finite"),
         ("train.clip=0", "above 0"),
-        ("train.steps=0", "at least 1"),
+        ("train.steps=0", "from 1 to"),
+        ("train.steps=" + 400 * "9", "from 1 to 1000000000"),
+        ("train.epochs=" + 400 * "9", "from 1 to 1000000000"),
+        ("train.warmup=" + 400 * "9", "from 0 to 1000000000"),
         ("train.gamma=1.5", "at most 1"),
         ("train.seed=-1", "2^32"),
         ("train.threads=0", "from 1 to 1024"),
@@ -194,6 +208,28 @@ def test_overrides(write):
     assert "override 'train..lr=1' must read" in mistakes(path, ["train..lr=1"])
     assert "'name=[' is not valid YAML" in mistakes(path, ["name=["])
     assert "train must be a section of keys, not 3" in mistakes(path, ["train=3", "train.lr=1"])
+
+
+@pytest.mark.parametrize("text", ["", "data: {train: x}\ntrain: {lr: 1e-3}\nmodel: {mode: field}"])
+@pytest.mark.parametrize(
+    "override, section",
+    [
+        ("train.lr.x=3", "train.lr"),
+        ("model.mode.name=field", "model.mode"),
+        ("data.train.path=/none", "data.train"),
+        ("name.x.y=1", "name"),
+        ("model.decoder.hidden_list.0=1", "model.decoder.hidden_list"),
+    ],
+)
+def test_overrides_below_a_value(write, text, override, section):
+    key = override.partition("=")[0]
+    said = mistakes(write(text), [override])
+    assert said.endswith(f"yaml: {key} is not a key; {section} is a value, not a section")
+
+
+def test_scales_in_order(write):
+    overrides = ["data.scale_min=2", "data.scale_max=1.5"]
+    assert "data.scale_max must be at least scale_min, not 1.5" in mistakes(write(""), overrides)
 
 
 def test_duplicate_keys_name_key_and_lines(write):

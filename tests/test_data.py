@@ -1,7 +1,9 @@
 """Sampling: what a batch holds, and that any step can be made again from its number."""
 
+import io
 import itertools
 import os
+import time
 
 import numpy as np
 import pytest
@@ -161,6 +163,63 @@ def test_damaged_and_missing_files_of_the_cache_are_made_again(folder):
     for i, path in enumerate(paths):
         assert np.array_equal(dataset._picture(i), np.asarray(Image.open(path)))
     assert first.read_bytes() == whole and third.exists()
+
+
+def wrong_kinds():
+    whole = io.BytesIO()
+    np.save(whole, np.zeros((60, 70, 3), np.uint8))
+    whole = whole.getvalue()
+    yield "grey", np.zeros((60, 70, 1), np.uint8)
+    yield "flat", np.zeros((60, 70), np.uint8)
+    yield "floats", np.zeros((60, 70, 3), np.float32)
+    yield "video", np.zeros((60, 70, 3, 3), np.uint8)
+    yield "archive", None
+    yield "open bracket", whole.replace(b"'shape': (60", b"'shape': ((0")
+    yield "no header", whole.replace(b"shape", b"shaqe")
+
+
+@pytest.mark.parametrize(
+    "name,content", [pytest.param(*kind, id=kind[0]) for kind in wrong_kinds()]
+)
+def test_files_of_the_cache_of_another_kind_are_made_again(folder, name, content):
+    c = config(folder, cache="mmap")
+    paths, _ = split_pictures(c)
+    file = PatchDataset(paths, c).mapped.files[0]
+    whole = file.read_bytes()
+    if content is None:
+        np.savez(file.with_suffix(".npz"), np.zeros(3))
+        file.with_suffix(".npz").rename(file)
+    elif isinstance(content, bytes):
+        assert content != whole
+        file.write_bytes(content)
+    else:
+        np.save(file, content)
+    picture = PatchDataset(paths, c)._picture(0)
+    assert np.array_equal(picture, np.asarray(Image.open(paths[0])))
+    assert file.read_bytes() == whole
+
+
+def test_what_is_not_this_sets_stays_in_the_cache(folder, tmp_path):
+    """Pictures of another set, and what another run is writing; not what a killed run left."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    stays = [cache / f"{'0' * 24}-1-2.npy", cache / "mine.npy", cache / ".new.gsr-tmp"]
+    old = cache / ".old.gsr-tmp"
+    for path in (*stays, old):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 4000,) * 2)
+    (cache / ".gone.gsr-tmp").symlink_to(cache / "nowhere")  # as if it went after being listed
+    c = config(folder, cache="mmap", cache_dir=str(cache))
+    PatchDataset(split_pictures(c)[0], c)
+    assert all(path.exists() for path in stays) and not old.exists()
+
+
+def test_a_picture_that_goes_after_it_was_listed(folder):
+    c = config(folder, cache="mmap")
+    paths, _ = split_pictures(c)
+    paths[1].unlink()
+    with pytest.raises(InputError, match=f"{paths[1].name} is gone since the folder was listed"):
+        PatchDataset(paths, c)
 
 
 def test_the_cache_keeps_to_its_budget(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """`gsr data`: transfers that are interrupted, archives that are wicked, tiles that are complete."""
 
 import collections
+import dataclasses
 import email.utils
 import errno
 import hashlib
@@ -25,13 +26,14 @@ import pytest
 from PIL import Image
 
 from gsr import cli, datasets, download
-from gsr.config import DataConfig
-from gsr.data import PatchDataset, split_pictures
+from gsr.config import DataConfig, load_config
+from gsr.data import PatchDataset, split_pictures, steps_per_epoch
 from gsr.datasets import Tiling, boxes, check, prepare, starts
 from gsr.download import Source, fetch, obtain, unpack
 from gsr.errors import InputError
 from gsr.evaluation import open_set
 from gsr.image import list_images, read_image, write_image
+from gsr.paths import alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             code = 200 if data is not None else 404
         if code != 200:
             self.send_response(code)
+            if code == 302:
+                self.send_header("Location", how.location)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -60,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         modified = email.utils.formatdate(len(data), usegmt=True)
         start, wanted, condition = 0, self.headers.get("Range"), self.headers.get("If-Range")
         if wanted and how.range and (how.blind or condition in (etag, modified)):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            start = int(wanted.removeprefix("bytes=").removesuffix("-")) + how.shift
             if start >= len(data):
                 self.send_response(416)
                 self.send_header("Content-Length", "0")
@@ -99,10 +103,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class How:
     """etag, modified, length: which headers there are; range: honours Range; blind: whatever
-    If-Range says; cuts: where the next transfers break off; answers: the next status codes."""
+    If-Range says; shift: from another place; cuts: where the next transfers break off; answers: the
+    next status codes; location: where 302 leads."""
 
     etag = modified = length = range = True
-    blind, hang, reset = False, None, False
+    blind, hang, reset, shift, location = False, None, False, 0, None
 
     def __init__(self):
         self.cuts, self.answers = [], []
@@ -263,6 +268,70 @@ def test_a_server_that_tells_no_length(server, part):
     assert part.read_bytes() == DATA and len(server.asked) == 1
 
 
+def test_a_rest_from_another_place_is_not_appended(server, part):
+    server.files["/file"] = DATA
+    server.how.cuts, server.how.shift = [300_000], -1000
+    fetch(f"{server.url}/file", part)
+    assert part.read_bytes() == DATA and ranges(server) == [None, "bytes=300000-", None]
+
+
+@pytest.mark.parametrize(
+    "location, text",
+    [("file:///etc/hostname", "/file: the server answers 302"), ("ftp://127.0.0.1/x", "type: ftp")],
+)
+def test_a_redirect_to_another_kind_of_address(server, part, location, text):
+    server.how.answers, server.how.location = [302] * 9, location
+    with pytest.raises(InputError, match=text):
+        fetch(f"{server.url}/file", part)
+    assert not part.exists()
+
+
+def test_a_redirect(server, part):
+    server.files["/there"] = DATA
+    server.how.answers, server.how.location = [302], f"{server.url}/there"
+    fetch(f"{server.url}/file", part)
+    assert part.read_bytes() == DATA
+
+
+def test_more_than_was_published(server, part, monkeypatch):
+    """Without a length the server could send for ever."""
+    server.files["/file"] = noise(5_000_000)
+    server.how.length = False
+    written = []
+    monkeypatch.setattr(download.os, "fsync", lambda handle: written.append(os.fstat(handle)))
+    with pytest.raises(InputError, match="sends more than 700,000 bytes"):
+        fetch(f"{server.url}/file", part, 700_000)
+    assert written[-1].st_size <= 700_000 and not part.exists()
+
+
+def test_less_than_was_published(server, part):
+    server.files["/file"] = DATA
+    server.how.length, server.how.cuts = False, [300_000]
+    fetch(f"{server.url}/file", part, 700_000)
+    assert part.read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "null", '["url", "etag", "modified", "size"]', "[" * 100_000,
+        '{"url": URL, "etag": "a\\nb: c", "modified": null, "size": 99}',
+        '{"url": URL, "etag": "\u2603", "modified": null, "size": 99}',
+        '{"url": URL, "etag": {}, "modified": [], "size": "x"}',
+        '{"url": URL, "etag": 5, "modified": null, "size": null}',
+        '{"url": URL, "etag": "a", "modified": null}',
+        '{"url": URL, "etag": "a", "size": null}',
+    ],
+)  # fmt: skip
+def test_notes_that_are_none(server, part, note):
+    server.files["/file"] = DATA
+    part.write_bytes(DATA[:10])
+    url = f"{server.url}/file"
+    part.with_name(f"{part.name}.json").write_text(note.replace("URL", json.dumps(url)))
+    fetch(url, part)
+    assert part.read_bytes() == DATA and ranges(server) == [None]
+
+
 def test_passing_failures_are_tried_again(server, part):
     server.files["/file"] = DATA
     server.how.answers = [503, 500, 429]
@@ -369,6 +438,7 @@ def zip_entry(name, mode=0, **more):
 
 
 def wicked():
+    dir_type = {"type": tarfile.DIRTYPE}
     yield "up", make_tar({"../evil": b"x"}), "leads upwards"
     yield "up within", make_tar({"a/../../evil": b"x"}), "leads upwards"
     yield "absolute", make_tar({"/evil": b"x"}), "absolute path"
@@ -385,6 +455,17 @@ def wicked():
     sparse = {"GNU.sparse.major": "0", "GNU.sparse.size": "10", "GNU.sparse.map": "0,1"}
     yield "sparse", make_tar({"a": {"pax_headers": sparse}}), "sparse"
     yield "twice", make_tar({"a/b": b"x", "a//./b": b"y"}), "comes twice"
+    yield "a file above", make_tar({"a": b"x", "a/b": b"y"}), "a file where a folder"
+    yield "a file above a folder", make_tar({"a": b"x", "a/b": dir_type}), "a file where a folder"
+    yield "a file below", make_tar({"a/b/c": b"x", "a/b": b"y"}), "a file where a folder"
+    yield "a file that is a folder", make_tar({"a": dir_type, "./a": b"y"}), "a file where a"
+    yield "no name", make_tar({"./": b"x"}), "without a name"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zip_entry(""), b"x")
+    yield "zip no name", file.getvalue(), "without a name"
+    negative = {"pax_headers": {"size": "-512"}}
+    yield "negative size", make_tar({"a": negative}), "less than no bytes"
     yield "zip up", make_zip({"a/../../evil": b"x"}), "leads upwards"
     yield "zip absolute", make_zip({"/evil": b"x"}), "absolute path"
     yield "zip drive", make_zip({"c:evil": b"x"}), "absolute path"
@@ -454,6 +535,15 @@ def test_a_zip_that_lies_about_a_size(tmp_path):
     with pytest.raises(InputError, match="is damaged"):
         unpack(tmp_path / "x", tmp_path / "out")
     assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*")) <= 10
+
+
+def test_disk_too_small_for_what_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(make_zip(FILES))
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 100_000))
+    with pytest.raises(InputError, match=r"100\.0 kB free, and unpacking x needs 150\.0 kB"):
+        unpack(tmp_path / "x", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def damaged():
@@ -579,6 +669,52 @@ def test_without_a_published_checksum_the_first_one_counts(server, valid, tmp_pa
     obtain(source, tmp_path, checksum=False)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_page_instead_of_an_archive_is_not_remembered(server, valid, tmp_path, check):
+    source = Source(**{**vars(valid), "checksum": None, "size": None})
+    server.files["/v.zip"] = b"<!DOCTYPE html><html>please log in</html>" * 30
+    with pytest.raises(InputError, match="part is damaged .*; remove it and run again"):
+        obtain(source, tmp_path, checksum=check)
+    assert not list(tmp_path.glob("*.sha256")) and not (tmp_path / valid.file).exists()
+    server.files["/v.zip"] = make_zip(VALID)
+    (tmp_path / f"{valid.file}.part").unlink()
+    assert obtain(source, tmp_path)
+    record = (tmp_path / f"{valid.file}.sha256").read_bytes()
+    shutil.rmtree(tmp_path / valid.folder)
+    server.files["/v.zip"] = b"<!DOCTYPE html><html>please log in</html>" * 30
+    with pytest.raises(InputError, match="part is damaged" if not check else "the first time"):
+        obtain(source, tmp_path, checksum=check)
+    assert (tmp_path / f"{valid.file}.sha256").read_bytes() == record
+
+
+def in_the_way(source, tmp_path):
+    archive, folder = tmp_path / source.file, tmp_path / source.folder
+    folder.parent.mkdir()
+    yield archive.mkdir, archive.rmdir, "DIV2K_valid_HR.zip is a folder, and no archive: move it"
+    link = lambda: folder.symlink_to(tmp_path / "nowhere")  # noqa: E731
+    yield link, folder.unlink, "not complete .a link that leads nowhere.: move it away"
+    yield lambda: folder.write_text("x"), folder.unlink, "not complete .a file.: move it away"
+
+
+def test_what_is_in_the_way(valid, tmp_path):
+    for put, remove, text in in_the_way(valid, tmp_path):
+        put()
+        with pytest.raises(InputError, match=text):
+            obtain(valid, tmp_path)
+        remove()
+    assert obtain(valid, tmp_path)
+
+
+def test_another_run_that_ends_just_before(server, valid, tmp_path, monkeypatch):
+    def late(folder, refusal):
+        monkeypatch.undo()
+        obtain(valid, tmp_path)
+        return alone(folder, refusal)
+
+    monkeypatch.setattr(download, "alone", late)
+    assert not obtain(valid, tmp_path) and len(server.asked) == 1
+
+
 def test_another_number_of_pictures(server, valid, tmp_path):
     source = Source(**{**vars(valid), "pictures": {"": 4}})
     with pytest.raises(InputError, match="unpacks to 3 pictures in DIV2K/DIV2K_valid_HR instead"):
@@ -625,7 +761,7 @@ def test_a_mirror_with_bare_pictures(server, tmp_path, prefix):
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
 def test_two_at_once(valid, tmp_path):
-    with download._alone(tmp_path):
+    with alone(tmp_path, ""):
         with pytest.raises(InputError, match="another download is at work"):
             obtain(valid, tmp_path)
     obtain(valid, tmp_path)
@@ -874,9 +1010,56 @@ def test_prepare_goes_on_where_it_stopped(photos, tmp_path, monkeypatch):
     }
 
 
+def test_a_tile_that_was_cut_short_is_made_again(photos, tmp_path):
+    output = tmp_path / "tiles"
+    first = prepare(photos, output, SMALL)
+    before = contents(output)
+    for i, path in enumerate(list_images(output)[:2]):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+        report = prepare(photos, output, SMALL)
+        assert report["tiles"]["written"] == 1 and contents(output).keys() == before.keys()
+        assert contents(output)[path.name] == before[path.name]
+        if i == 0:  # a report of an earlier version, or of a run that was interrupted
+            for facts in report["pictures"].values():
+                del facts["tiles"]
+            (output / "prepare.json").write_text(json.dumps(report))
+    assert report["pictures"] == first["pictures"]
+    lengths = [n for facts in report["pictures"].values() for n in facts["tiles"]]
+    assert sum(lengths) == report["tiles"]["bytes"] and len(lengths) == report["tiles"]["count"]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "null", "[]", '"text"', "[" * 100_000, '{"settings": []}', '{"pictures": {}}',
+        '{"settings": null, "pictures": {}}', '{"settings": [], "pictures": {}}',
+        '{"settings": SETTINGS, "pictures": null}', '{"settings": SETTINGS, "pictures": ["a"]}',
+        '{"settings": SETTINGS, "pictures": {"a.png": 3}}',
+        '{"settings": SETTINGS, "pictures": {"a.png": {}}}',
+        '{"settings": SETTINGS, "pictures": {"a.png": "sha256"}}',
+    ],
+)  # fmt: skip
+def test_reports_that_are_none(photos, tmp_path, plan):
+    (tmp_path / "tiles").mkdir()
+    settings = json.dumps(dataclasses.asdict(SMALL))
+    (tmp_path / "tiles" / "prepare.json").write_text(plan.replace("SETTINGS", settings))
+    with pytest.raises(InputError, match="is no report of `gsr data prepare`; choose another"):
+        prepare(photos, tmp_path / "tiles", SMALL)
+
+
+@pytest.mark.parametrize("lengths", ["[]", '"ab"', "[1, 2]", "7"])
+def test_lengths_that_are_none(photos, tmp_path, lengths):
+    first = prepare(photos, tmp_path / "tiles", SMALL)
+    plan = json.loads((tmp_path / "tiles" / "prepare.json").read_text())
+    plan["pictures"]["a.png"]["tiles"] = json.loads(lengths)
+    (tmp_path / "tiles" / "prepare.json").write_text(json.dumps(plan))
+    again = prepare(photos, tmp_path / "tiles", SMALL)
+    assert again["tiles"]["written"] == 0 and again["pictures"] == first["pictures"]
+
+
 def test_a_picture_that_changes_while_it_is_cut(photos, tmp_path):
     with pytest.raises(InputError, match="a.png has changed while"):
-        datasets._cut(str(photos / "a.png"), "0" * 64, (50, 60), ["x.png"] * 12, SMALL)
+        datasets._cut(str(photos / "a.png"), "0" * 64, (50, 60), ["x.png"] * 12, None, SMALL)
 
 
 def test_new_pictures_are_added(photos, tmp_path):
@@ -970,6 +1153,38 @@ def test_prepare_command(photos, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["data", "prepare", str(photos)])
     assert caught.value.code == 2 and "OUTPUT is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.png", "report.txt", "report", "prepare.json", ""])
+def test_reports_that_would_write_over_something(photos, name):
+    before = contents(photos)
+    with pytest.raises(InputError, match=f"--report .*{name}.* name "):
+        datasets.main(["prepare", str(photos), "--check", "-q", "--report", str(photos / name)])
+    assert contents(photos) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_that_are_not_utf_8(photos, tmp_path, capsys):
+    target = os.fsdecode(os.fsencode(photos) + b"/\xff.png")
+    shutil.copy(photos / "a.png", target)
+    sizes = ["--crop", "24", "--step", "16", "--min-side", "12", "--workers", "1"]
+    datasets.main(["prepare", str(photos), str(tmp_path / "tiles"), *sizes])
+    assert r"duplicate: \udcff.png is a.png" in capsys.readouterr().out
+
+
+def test_a_recipe_for_tiles():
+    """What the help and the documentation say of 32,000 tiles are the published steps."""
+    overrides = ["data.repeat=1", "train.epochs=1000", "train.step_epochs=100"]
+    for text in (datasets.EPILOG, (ROOT / "docs" / "research.md").read_text(encoding="utf-8")):
+        assert all(f" {override}" in text for override in overrides)
+
+    def recipe(pictures, overrides):
+        c = load_config(ROOT / "configs" / "published.yaml", overrides)
+        steps = steps_per_epoch(pictures, c.data)
+        return steps * c.train.epochs, steps * c.train.step_epochs
+
+    assert recipe(800, []) == recipe(32_000, overrides) == (2_000_000, 200_000)
+    assert recipe(32_000, [])[0] == 40 * 2_000_000
 
 
 def test_a_worker_that_is_killed():

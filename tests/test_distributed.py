@@ -137,6 +137,41 @@ def test_a_disk_that_is_full_for_the_one_that_writes(tmp_path):
     assert "cannot be written at step 2 (No space left on device): free some space" in said
 
 
+KILLED = """
+import os, signal
+from gsr.training import Trainer
+step = Trainer._train_step
+def killed(self, *parts):
+    if self.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *parts)
+Trainer._train_step = killed
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed(tmp_path, rank):
+    output = f"output={tmp_path / 'run'}"
+    children, outputs = start_ranks(tmp_path, 2, *TINY, output, before=[(rank, KILLED)])
+    text = outputs[1 - rank].read_text
+    codes = finish(*children)
+    assert codes[1 - rank] == 2, text()
+    said = [line for line in text().splitlines() if line.startswith("gsr")]
+    assert said == [
+        f"gsr: error: process {1 - rank} has lost another one: see what that printed, and run "
+        "again, a training with --resume"
+    ]
+    assert "Traceback" not in text()
+
+
+def test_other_failures_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "agree", lambda error=None: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with pytest.raises(RuntimeError, match="size mismatch"), distributed.together():
+        raise RuntimeError("size mismatch")
+
+
 def test_alone_there_is_nobody_to_ask():
     assert (distributed.rank(), distributed.count(), distributed.place()) == (0, 1, (0, 1))
     distributed.agree(InputError("mine"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gsr import evaluation
 from gsr.config import EncoderConfig, ModelConfig
@@ -102,6 +103,14 @@ def test_open_set_refuses(tmp_path):
     (copy / "LR_bicubic/X2/skylinex2.png").unlink()
     with pytest.raises(InputError, match="lacks 1 of the 3 LR pictures, first skylinex2.png"):
         open_set(copy, [2])
+    # Misspelt, LR would be made from HR without a word.
+    os.rename(copy / "LR_bicubic/X2", copy / "LR_bicubic/two")
+    for layout in (copy, tmp_path / "other_HR"):
+        with pytest.raises(InputError, match="LR_bicubic holds no folder .* spelt X2, X3"):
+            open_set(layout, [2])
+        if layout == copy:
+            shutil.move(copy / "HR", tmp_path / "other_HR")
+            shutil.move(copy / "LR_bicubic", tmp_path / "other_LR_bicubic")
 
 
 def test_read_pair_takes_the_file_and_crops_hr(tmp_path):
@@ -246,6 +255,33 @@ def test_save(stub, tmp_path):
         evaluate(model, DATA, [2], save=tmp_path / "file")
 
 
+def pictures_below(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_results_are_not_saved_among_the_pictures(stub, tmp_path, monkeypatch):
+    flat = tmp_path / "flat"
+    shutil.copytree(DATA / "HR", flat)
+    before = pictures_below(tmp_path)
+    model = stub(lambda *_: pytest.fail("measured first"))
+    for save in (tmp_path, flat, flat / "new", tmp_path / "x/../flat"):
+        with pytest.raises(InputError, match="--save would write .* among the pictures of flat"):
+            evaluate(model, flat, [2], save=save)
+    # Of several the label comes first; another set's pictures are spared, too.
+    with pytest.raises(InputError, match="among the pictures of flat"):
+        evaluate({"a": model, "flat/flat": model}, flat, [2], save=tmp_path)
+    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    more = ["--save", str(flat), "--output", str(tmp_path / "new/r.json")]
+    with pytest.raises(InputError, match="eval/x2/NAME.png among the pictures of flat"):
+        main(["--data", str(DATA), str(flat), *more])
+    assert pictures_below(tmp_path) == before and not (tmp_path / "new").exists()
+    model = stub(lambda lr, size: torch.full((1, 3, *size), 0.3))
+    evaluate({"a": model, "b": model}, flat, [2], save=tmp_path)
+    shutil.copytree(DATA, tmp_path / "deep")
+    evaluate(model, tmp_path / "deep", [2], save=tmp_path)  # beside HR and LR_bicubic
+    assert len(open_set(tmp_path / "deep", [2]).pictures) == len(NAMES)
+
+
 def test_progress_is_on_stderr_only(stub, capsys):
     evaluate(None, DATA, [2], progress=True)
     out, err = capsys.readouterr()
@@ -283,6 +319,41 @@ def test_a_picture_that_is_too_small_for_one_scale_is_found_at_once(tmp_path, mo
     (tmp_path / "set/a.png").unlink()
     with pytest.raises(InputError, match="b.png has 80 x 60 pixels, too few for scale 70"):
         evaluate(None, tmp_path / "set", [2, 70])
+
+
+@pytest.mark.parametrize("scale, size", [(2, (27, 33)), (2, (26, 32)), (2.5, (21, 27))])
+def test_lr_that_does_not_fit_is_found_at_once(tmp_path, monkeypatch, scale, size):
+    shutil.copytree(DATA / "HR", tmp_path / "HR")
+    x = tmp_path / "LR_bicubic" / f"X{scale}"
+    for name in NAMES:
+        hr = read_image(DATA / f"HR/{name}.png")
+        noise(x / f"{name}x{scale}.png", [int(n // scale) for n in hr.shape[:2]])
+    monkeypatch.setattr(evaluation, "_measure_all", lambda *_: pytest.fail("measured first"))
+    evaluation.check_sizes(open_set(tmp_path, [scale]), [scale], "benchmark")
+    noise(x / f"spicesx{scale}.png", size)
+    with pytest.raises(InputError, match=f"spicesx{scale}.png has .* rounded down"):
+        evaluate(None, tmp_path, [scale])
+    (x / f"skylinex{scale}.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=f"skylinex{scale}.png is not a picture"):
+        evaluate(None, tmp_path, [scale])
+    shutil.rmtree(tmp_path / "LR_bicubic")
+    (tmp_path / "HR/skyline.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="skyline.png is not a picture"):
+        evaluate(None, tmp_path, [scale])
+
+
+def test_sizes_are_those_of_pictures_turned_upright(tmp_path):
+    """A camera that was held upright writes lines that run down."""
+    lying = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "HR").mkdir()
+    Image.fromarray(lying).save(tmp_path / "HR/a.png", exif=exif)
+    noise(tmp_path / "LR_bicubic/X2/ax2.png", (30, 20))
+    evaluation.check_sizes(open_set(tmp_path, [2]), [2], "benchmark")
+    noise(tmp_path / "LR_bicubic/X2/ax2.png", (30, 21))
+    with pytest.raises(InputError, match="rounded down"):
+        evaluation.check_sizes(open_set(tmp_path, [2]), [2], "benchmark")
 
 
 @pytest.mark.parametrize(
@@ -424,10 +495,22 @@ def test_labels_of_checkpoints(tmp_path, monkeypatch):
     assert label(["bundled"]) == {"model": None}
     assert label(["bundled", "runs/a"]) == {"bundled": None, "a": "runs/a"}
     assert label(["r/a/best", "r/b/best"]) == {"a/best": "r/a/best", "b/best": "r/b/best"}
+    assert label(["r/a/best", "r/b"]) == {"a/best": "r/a/best", "b": "r/b"}
     with pytest.raises(InputError, match="names r/a twice"):
         label(["r/a", "./r/a"])
     (tmp_path / "bundled").mkdir()
     assert label(["bundled"]) == {"model": "bundled"}
+
+
+def test_names_of_checkpoints(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for path, name in [
+        ("best", "mine/best"), ("../mine/model", "mine/model"), ("step-4000", "mine/step-4000"),
+        (tmp_path / "mine", "mine"), ("a/bestial", "bestial"), ("a/b.pth", "b.pth"),
+        (None, "bundled"), ("/", ""),
+    ]:  # fmt: skip
+        assert evaluation.called_after(path) == name
 
 
 # ---- command line, with a real model ------------------------------------------------------------
@@ -482,7 +565,10 @@ def test_main(checkpoint, tmp_path, capsys):
 
     lines = text.rstrip().splitlines()
     assert lines.pop() == f"report: {output}" and lines.pop() == ""
+    assert lines[0].split()[-2:] == ["x2", "x3.7*"]
+    assert lines[-2:] == ["", "*: LR made from HR by imresize, not the data set's own"]
     assert lines == table(first).splitlines()
+    lines = lines[:-2]
     assert [line.split()[0] for line in lines] == ["eval", "bicubic", "model"]
     bicubic = data["scales"][1]["methods"]["bicubic"]
     assert lines[1].endswith(f"{bicubic['psnr']:.2f} / {bicubic['ssim']:.4f}")
@@ -532,6 +618,45 @@ def test_the_report_is_written_without_being_asked_for(checkpoint, tmp_path, mon
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "default: evaluation.json in this folder" in " ".join(capsys.readouterr().out.split())
+
+
+def test_pictures_of_the_sets_are_not_overwritten(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DATA, "deep")
+    shutil.copytree(DATA / "HR", "flat")
+    shutil.copytree(DATA / "HR", "linked/HR")
+    os.rename("linked/HR/otter.png", "otter.png")
+    os.symlink(tmp_path / "otter.png", "linked/HR/otter.png")
+    before = pictures_below(tmp_path)
+    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    every = ["--data", "deep", "flat", "linked"]
+    for option, path in [
+        ("--csv", "deep/HR/otter.png"), ("--output", "deep/LR_bicubic/X2/skylinex2.png"),
+        ("--markdown", "flat/spices.png"), ("--figure", "flat/new.png"), ("--csv", "otter.png"),
+        ("--figure", "deep/LR_bicubic/X3/otterx3.png"), ("--output", "flat/a/b.PNG"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=f"{option} would write {path} among the pictures of"):
+            main(arguments(checkpoint, *every, "--scale", "2", "--limit", "1", option, path))
+    assert pictures_below(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "flat")  # a report may lie beside the pictures
+    main(arguments(checkpoint, "--data", ".", "--scale", "2", "--limit", "1"))
+    assert (tmp_path / "flat/evaluation.json").exists()
+
+
+def test_the_csv_names_the_run_and_no_picture_waits_for_a_compiler(
+    checkpoint, tmp_path, monkeypatch
+):
+    sizes, run = [], evaluation.run
+    monkeypatch.setattr(evaluation, "run", lambda model, lr, size, **more: (
+        sizes.append(tuple(lr.shape[-2:])), run(model, lr, size, **more))[1])  # fmt: skip
+    shutil.copytree(checkpoint, tmp_path / "mine/best")
+    monkeypatch.chdir(tmp_path)
+    main(arguments("mine/best", "--scale", "2", "--limit", "1", "--csv", "r.csv", "--ensemble"))
+    assert sizes[:2] == [(16, 16), (26, 33)]
+    assert json.loads(Path("evaluation.json").read_text())["model"]["checkpoint"] == "mine/best"
+    methods = [line.split(",")[4] for line in Path("r.csv").read_text().splitlines()]
+    assert methods == ["method", "bicubic", "mine/best", "mine/best+"]
 
 
 @pytest.mark.parametrize("option", ["--output", "--save"])

@@ -1,6 +1,7 @@
 """The heads that others published, `liif` and `lte`, and `bicubic`: their formulas, and one picture
 whatever is asked of it."""
 
+import dataclasses
 import json
 import math
 import random
@@ -15,6 +16,7 @@ import gsr
 from gsr import infer
 from gsr.checkpoint import save_model
 from gsr.config import (
+    Config,
     DecoderConfig,
     EncoderConfig,
     LIIFConfig,
@@ -172,6 +174,20 @@ def test_parameters_of_the_papers():
     waves = 2 * 256 * (64 * 9 + 1) + 2 * 128
     assert count("lte") == waves + 3 * hidden + colour == 493_827
     assert count("bicubic") == waves + 4 * hidden + colour
+
+
+@torch.no_grad()
+def test_liif_with_a_skip_connection_adds_the_bilinear_enlargement():
+    plain, lr, size = make("liif"), picture(b=2), (22, 28)
+    config = dataclasses.replace(plain.config, liif=LIIFConfig([12, 10], skip=True))
+    added = GaussianSR(config).eval()
+    added.load_state_dict(plain.state_dict())
+    base = F.interpolate(lr, size, mode="bilinear") - 0.5
+    close(added(lr, size=size), plain(lr, size=size) + base)
+    rows = added.render(added.encode(lr), size, rows=(5, 9))
+    close(rows, added(lr, size=size)[:, :, 5:9])
+    at = added(lr, size=size, coord=every(size, 2))
+    close(at.mT.reshape(2, 3, *size), added(lr, size=size))
 
 
 @torch.no_grad()
@@ -423,6 +439,16 @@ def test_liif_at_scale_one_of_a_constant_is_constant():
 def test_configs_that_are_refused(section, sentence):
     with pytest.raises(InputError, match=sentence):
         from_dict(ModelConfig, section)
+
+
+def test_lte_is_trained_no_further_than_its_phase_is_learnt():
+    """Above its scale_max the phase stands still: a training there would be a handicap."""
+    wrong = {"model": {"mode": "lte", "lte": {"scale_max": 3}}, "data": {"scale_max": 4}}
+    sentence = "model.lte.scale_max must be at least data.scale_max in mode lte, not 3.0"
+    with pytest.raises(InputError, match=sentence):
+        from_dict(Config, wrong)
+    from_dict(Config, {**wrong, "data": {"scale_max": 3}})
+    from_dict(Config, {**wrong, "model": {"mode": "liif", "lte": {"scale_max": 3}}})
 
 
 def test_banks_are_no_matter_where_there_is_none():

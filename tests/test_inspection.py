@@ -420,6 +420,38 @@ def test_command(mode, here, picture, capsys):
     assert Image.open("a/b/ellipses.png").size == (272, 192) and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("mode", list(FILES))
+@pytest.mark.parametrize("where", ["encoder", "head"])
+def test_a_model_that_is_not_finite_is_refused(mode, where, here, picture, capsys):
+    """All weights are finite, but what they make overflows."""
+    model = random_model(mode)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            last = "encoder" if where == "encoder" else "head."
+            if name.startswith(last) and parameter.ndim == 4:
+                parameter.copy_(torch.randn_like(parameter) * 3e37)
+    save_model("model", model)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["inspect", "photo.png", "-o", "out", "--model", "model"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and "not finite for this photo; its weights are damaged" in err
+    assert not os.path.exists("out")
+    with pytest.raises(InputError, match="not finite"):
+        look.draw_gaussians(model, picture)
+
+
+def test_what_overflows_only_as_it_is_summed_is_refused(picture, monkeypatch):
+    monkeypatch.setattr(look, "share", lambda *_: np.full((2, 2, 3), np.inf, np.float32))
+    with pytest.raises(InputError, match="not finite"):
+        look.inspect(random_model("direct"), picture)
+
+
+def test_a_run_is_named_with_what_it_wrote(here):
+    save_model("mine/best", random_model("direct"))
+    cli.main(["inspect", "photo.png", "-o", "out", "--model", "mine/best", "-q"])
+    assert json.loads(open("out/inspection.json").read())["model"]["checkpoint"] == "mine/best"
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [

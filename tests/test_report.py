@@ -13,7 +13,24 @@ from gsr import report as reports
 from gsr.report import csv_text, differing_box, figure, markdown, published, telling_picture
 
 ROOT = Path(__file__).parents[1]
-DIV2K = {2: 31.01, 3: 28.22, 4: 26.66, 6: 24.82, 12: 22.27}  # bicubic, LIIF's Table 1
+# What is printed, spelt once more. LIIF: arXiv 2012.09161; LTE: arXiv 2111.08918; Thera: arXiv
+# 2311.17643; FSRCNN: arXiv 1608.00367; VDSR: arXiv 1511.04587.
+PRINTED = {
+    # LIIF, Table 1: the rows "Bicubic" and "EDSR-baseline-LIIF".
+    "bicubic (Chen et al., CVPR 2021, Table 1)": "x2 31.01 x3 28.22 x4 26.66 x6 24.82 x12 22.27 "
+    "x18 21.00 x24 20.19 x30 19.59",
+    "LIIF (Chen et al., CVPR 2021, Table 1)": "x2 34.67 x3 30.96 x4 29.00 x6 26.75 x12 23.71 "
+    "x18 22.17 x24 21.18 x30 20.48",
+    # LTE, Table 1: the row "EDSR-baseline-LTE".
+    "LTE (Lee & Jin, CVPR 2022, Table 1)": "x2 34.72 x3 31.02 x4 29.04 x6 26.81 x12 23.78 "
+    "x18 22.23 x24 21.24 x30 20.53",
+    "Thera Air (Becker et al., 2025)": "x2 34.75 x3 31.09 x4 29.10 x6 26.84 x12 23.80",
+    "GaussianSR (Hu et al., AAAI 2025)": "x2 34.61 x4 29.01",
+    "FSRCNN (Dong et al., ECCV 2016)": "Set5 x2 37.00 x3 33.16 x4 30.71",
+    "VDSR (Kim et al., CVPR 2016)": "Set5 x2 37.53 x3 33.66 x4 31.35 Set14 x2 33.03 x3 29.77 "
+    "x4 28.01 B100 x2 31.90 x3 28.82 x4 27.29",
+}
+DIV2K = {2: 31.01, 3: 28.22, 4: 26.66, 6: 24.82, 12: 22.27, 18: 21.00, 24: 20.19, 30: 19.59}
 
 
 def image(psnr, ssim=0.9):
@@ -56,6 +73,34 @@ def test_published_rows_are_those_of_the_set_and_the_protocol():
     assert published(data, "benchmark") == []
     five = {"name": "Set5", "pictures": 5}
     assert len(published(five, "benchmark")) == 2 and published(five, "div2k") == []
+
+
+def test_every_figure_is_as_it_is_printed():
+    for row in reports.PUBLISHED:
+        words = []
+        for name, known in row.psnr.items():
+            words += [name] if name != "DIV2K_valid" else []
+            words += [word for s, psnr in known.items() for word in (f"x{s}", f"{psnr:.2f}")]
+        assert " ".join(words) == PRINTED[row.label]
+    assert len(PRINTED) == len(reports.PUBLISHED)
+
+
+def test_the_legend_says_on_what_footing_the_literature_is():
+    text = markdown(make_report(scales=(2, 30)))
+    assert "| published | 34.67 | 20.48 |" in text and "not entered here" in text
+    assert "Beyond x4 their papers made LR with other bicubic code" in text
+    assert "GaussianSR's paper trained its rivals anew" in text and "luma alone" not in text
+    text = markdown(make_report("Set5", 5, "benchmark"))
+    assert "VDSR" in text and "luma alone: their figures are near to this protocol's" in text
+    assert "EDSR-baseline" not in text
+
+
+def test_tables_say_where_lr_is_from():
+    report = make_report("photos", scales=(2, 3))
+    assert "LR made" not in markdown(report)
+    report["sets"][0]["scales"][1]["lr"] = "imresize"
+    text = markdown(report)
+    assert text.splitlines()[0].endswith("| x2 | x3* |") and "*: LR made from HR by" in text
 
 
 def test_published_rows_need_the_whole_set():
@@ -134,7 +179,7 @@ def test_csv_has_every_picture_in_all_digits():
     }  # fmt: skip
     assert float(rows[0]["psnr"]) == third and rows[1]["psnr"] == "inf"
     assert [(row["scale"], row["method"], row["picture"]) for row in rows[3:5]] == [
-        ("2", "model", "b"), ("3", "bicubic", "a"),
+        ("2", "mine", "b"), ("3", "bicubic", "a"),
     ]  # fmt: skip
 
 
@@ -210,12 +255,14 @@ def test_figure_shows_the_pixels_of_the_box():
         (1, (20, 300), (0, 0, 8, 8)),
         (5, (400, 30), (3, 390, 27, 10)),
         (3, (700, 900), (0, 0, 500, 300)),
+        (1, (300, 400), (0, 7, 400, 1)),
+        (1, (300, 400), (7, 0, 1, 300)),
     ],
 )
 def test_figure_of_any_shape(count, shape, box):
     picture = np.full((*shape, 3), 90, np.uint8)
     methods = {f"method {n}": picture for n in range(count)}
     sheet = figure(picture, methods, box, dict.fromkeys(methods, "31.00 dB"), "title")
-    assert max(sheet.size) < 3000
+    assert max(sheet.size) < 3000 and sheet.height > reports.LEAST / 2
     again = figure(picture, methods, box, dict.fromkeys(methods, "31.00 dB"), "title")
     assert sheet.tobytes() == again.tobytes()

@@ -3,10 +3,12 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gsr import inspection
+from gsr import inspection, training
 from gsr.checkpoint import load_model
 from gsr.config import load_config
 from gsr.data import Batch, pixel_coords
 from gsr.errors import InputError
-from gsr.image import to_uint8
+from gsr.image import list_images, to_uint8
 from gsr.inspection import draw_gaussians
 from gsr.models.bank import assign
+from gsr.paths import alone
 from gsr.resize import bicubic
 from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
 from tests.children import finish, start
@@ -106,10 +109,24 @@ os.fsync = fsync
 
 def flat(state, where=""):
     """Everything in a state, as tensors, by its place."""
+    if isinstance(state, str):
+        state = list(state.encode())
     if not isinstance(state, (dict, list, tuple)):
         return {where: torch.as_tensor(-1.0 if state is None else state)}
     items = state.items() if isinstance(state, dict) else enumerate(state)
     return {k: v for key, value in items for k, v in flat(value, f"{where}/{key}").items()}
+
+
+def interrupted_at(last):
+    """A training step that Ctrl-C ends once so many have been done."""
+    step = Trainer._train_step
+
+    def interrupted(self, *parts):
+        if self.step == last:
+            raise KeyboardInterrupt
+        return step(self, *parts)
+
+    return interrupted
 
 
 def wait_until(true, child, seconds=60):
@@ -220,6 +237,138 @@ def test_a_file_that_the_system_does_not_let_grow(tmp_path):
         f"resume from {run / 'state.pt'} (step 2)"
     )
     assert (run / "state.pt").read_bytes() == before
+
+
+def full_board(monkeypatch, error):
+    """TensorBoard's own thread fails at its third entry; returns what threads tell of failures."""
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    calls, told = iter(range(2)), []
+
+    def write(self, data):
+        if next(calls, None) is None:
+            raise error
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(failed.exc_value))
+    return told
+
+
+def test_a_disk_that_is_full_for_tensorboard(tmp_path, monkeypatch):
+    trainer = Trainer(config(tmp_path, "train.steps=9", "train.log_every=1"))
+    told = full_board(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    hook = threading.excepthook
+    with pytest.raises(InputError, match=r"cannot be written at step \d .No space left on device."):
+        trainer.fit(progress=False)
+    assert not told and threading.excepthook is hook
+
+
+def test_other_failures_of_tensorboard_are_told(tmp_path, monkeypatch):
+    trainer = Trainer(config(tmp_path, "train.steps=9", "train.log_every=1"))
+    told = full_board(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Input/output error"):
+        trainer.fit(progress=False)
+    assert len(told) == 1 and told[0].errno == errno.EIO
+
+
+def test_a_loader_process_that_is_killed(tmp_path, monkeypatch):
+    step = Trainer._train_step
+
+    def kill(self, *parts):
+        if self.step == 4:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+        return step(self, *parts)
+
+    monkeypatch.setattr(Trainer, "_train_step", kill)
+    steps = ["train.steps=20", "train.save_every=3", "data.workers=1"]
+    trainer = Trainer(config(tmp_path, *steps))
+    sentence = r"ended from outside at step \d+, .*: lower data.workers and resume from .*state.pt"
+    with pytest.raises(InputError, match=sentence):
+        trainer.fit(progress=False)
+    monkeypatch.undo()
+    trainer = Trainer(config(tmp_path, "train.steps=20", "data.workers=0"), resume=True)
+    assert trainer.step == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+def test_two_trainings_of_one_name(tmp_path):
+    steps = ["train.steps=3", "train.schedule=step"]
+    first = Trainer(config(tmp_path, *steps))
+    before = sorted(p.name for p in (tmp_path / "smoke").iterdir())
+    with pytest.raises(InputError, match="another training is at work in .*smoke; wait until"):
+        Trainer(config(tmp_path, "train.steps=5"))
+    assert sorted(p.name for p in (tmp_path / "smoke").iterdir()) == before
+    first.fit(progress=False)
+    again = [*steps[1:], "train.steps=4"]
+    second = Trainer(config(tmp_path, *again), resume=True)
+    with pytest.raises(InputError, match="another training is at work"):
+        Trainer(config(tmp_path, *again), resume=True)
+    second.fit(progress=False)
+    with pytest.raises(InputError, match="is finished"):
+        Trainer(config(tmp_path, *again), resume=True).fit(progress=False)
+
+
+def outlive(ready):
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+def test_a_loader_process_does_not_hold_the_folder(tmp_path):
+    """One that outlives a killed training by some seconds would keep it from being resumed."""
+    with alone(tmp_path, "held"):
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        child = fork.Process(target=outlive, args=(ready,))
+        child.start()
+        assert ready.wait(20)
+        with pytest.raises(InputError, match="held"), alone(tmp_path, "held"):
+            pass
+    try:
+        with alone(tmp_path, "held"):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_training_that_ended_while_another_was_being_built(tmp_path, monkeypatch):
+    def late(*given):
+        monkeypatch.undo()
+        Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
+        return describe(*given)
+
+    describe = training.describe_pictures
+    monkeypatch.setattr(training, "describe_pictures", late)
+    with pytest.raises(InputError, match="holds a run already"):
+        Trainer(config(tmp_path, "train.steps=1"))
+
+
+@pytest.mark.parametrize("left", ["state-2.pt", "best", "model"])
+def test_what_is_left_of_a_run_is_not_written_over(tmp_path, left):
+    steps = ["train.steps=3", "train.save_every=1", "train.keep=1"]
+    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    run = tmp_path / "smoke"
+    for path in run.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(InputError, match=f"smoke holds {left} of another run: move it away or"):
+        Trainer(config(tmp_path, *steps))
+    assert [path.name for path in run.iterdir()] == [left]
+
+
+def test_a_run_that_has_saved_no_state_starts_again(tmp_path, monkeypatch):
+    """Also after its first validation, whose weights are in `best`."""
+    monkeypatch.setattr(training, "show", lambda *_: None)
+    steps = ["train.steps=3", "train.val_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config(tmp_path, *steps)).fit(progress=False)
+    run = tmp_path / "smoke"
+    assert (run / "best").exists() and not (run / "state.pt").exists()
+    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    assert (run / "state.pt").exists() and not list(run.glob(".*"))
 
 
 def test_earlier_states_are_kept_and_one_is_gone_back_to(tmp_path):
@@ -360,6 +509,37 @@ def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
             assert at.get(k + 1, 0) == n
 
 
+def test_tensorboard_across_a_resume(tmp_path):
+    """The steps after the state are done, and shown, again; that of the state is not lost."""
+    steps = ["train.log_every=1", "train.save_every=3", "train.val_every=99"]
+    steps += ["train.schedule=step"]
+
+    def scalars():
+        return [event.step for event in watched(tmp_path).Scalars("train/loss")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config(tmp_path, "train.steps=8", *steps)).fit(progress=False)
+    assert scalars() == [1, 2, 3, 4, 5]
+    time.sleep(1.1)  # TensorBoard sorts its files by the second in their names
+    trainer = Trainer(config(tmp_path, "train.steps=8", *steps), resume=True)
+    assert trainer.step == 3
+    trainer.fit(progress=False)
+    assert scalars() == list(range(1, 9))
+
+
+def test_tensorboard_forgets_a_run_that_starts_again(tmp_path):
+    steps = ["train.steps=3", "train.log_every=1", "train.val_every=99", "train.save_every=99"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(config(tmp_path, *steps)).fit(progress=False)
+    time.sleep(1.1)
+    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    assert [event.step for event in watched(tmp_path).Scalars("train/loss")] == [1, 2, 3]
+
+
 def test_the_real_drawing_of_gaussians(tmp_path):
     trainer = Trainer(config(tmp_path, "train.steps=1"))
     trainer.fit(progress=False)
@@ -403,7 +583,13 @@ def test_refusals(tmp_path):
         Trainer(config(tmp_path, "model.encoder.n_feats=8", "train.lr=1", "train.steps=1"), True)
     with pytest.raises(InputError, match="is finished"):
         Trainer(config(tmp_path, "train.steps=1", "train.log_every=3"), resume=True).fit(False)
-    (tmp_path / "smoke" / "state.pt").write_bytes(b"PK")
+    state = tmp_path / "smoke" / "state.pt"
+    whole = torch.load(state, weights_only=True)
+    del whole["best"]
+    torch.save(whole, state)
+    with pytest.raises(InputError, match="state.pt is damaged .KeyError"):
+        Trainer(config(tmp_path, "train.steps=1"), resume=True)
+    state.write_bytes(b"PK")
     with pytest.raises(InputError, match="state.pt is damaged"):
         Trainer(config(tmp_path, "train.steps=1"), resume=True)
     (tmp_path / "file").write_text("")
@@ -413,6 +599,27 @@ def test_refusals(tmp_path):
         Trainer(config(tmp_path / "new", "train.device=gpu"))
     with pytest.raises(InputError, match="data.batch 2 cannot be cut .* train.accumulate 3"):
         Trainer(config(tmp_path / "new", "train.accumulate=3"))
+
+
+def test_a_resumed_run_has_its_own_pictures(tmp_path):
+    photos, steps = tmp_path / "photos", ["train.schedule=step", "data.val_count=2"]
+    shutil.copytree(PHOTOS, photos)
+    steps.append(f"data.train={photos}")
+    Trainer(config(tmp_path, "train.steps=1", *steps)).fit(progress=False)
+    more = [*steps, "train.steps=2"]
+    first = list_images(photos)[0]
+    renamed = first.rename(photos / f"0{first.suffix}")
+    with pytest.raises(InputError, match="data.train: this run .* 4 pictures .* 4 pictures .*now"):
+        Trainer(config(tmp_path, *more), resume=True)
+    renamed.rename(first)
+    path = tmp_path / "smoke" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "pictures": {**state["pictures"], "val": "none"}}, path)
+    with pytest.raises(InputError, match="data.val: this run was started with none"):
+        Trainer(config(tmp_path, *more), resume=True)
+    del state["pictures"]  # as earlier versions wrote it
+    torch.save(state, path)
+    Trainer(config(tmp_path, *more), resume=True).fit(progress=False)
 
 
 def test_what_has_diverged_is_not_saved(tmp_path):

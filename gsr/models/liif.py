@@ -62,7 +62,8 @@ class EnsembleHead(nn.Module):
 
     Args:
         decoder: has `encode` (features and LR to a named tuple, of which the first is what
-            `rgb` takes, and `lr`, if there is one, is enlarged bilinearly and added) and `rgb`.
+            `rgb` takes, and the second the LR picture, which is enlarged bilinearly and added,
+            or none of its channels) and `rgb`.
         floats: channels that `encode` gives.
     """
 
@@ -151,7 +152,7 @@ class EnsembleHead(nn.Module):
         index = (image * h + y.index[..., :, None]) * w + x.index[..., None, :]  # [B, ..., 2, 2]
         ry, rx = y.away[..., :, None, None], x.away[..., None, :, None]
         rgb = self.decoder.rgb(_pick(encoded[0], index), ry, rx, cell, dtype)
-        if hasattr(encoded, "lr"):
+        if encoded.lr.shape[1]:
             rgb = rgb + _pick(encoded.lr, index)
         weight = y.weight[..., :, None] * x.weight[..., None, :]
         return (rgb * weight[..., None]).sum(dim=(-3, -2))
@@ -199,16 +200,19 @@ class LIIFEncoded(NamedTuple):
     """A picture as codes."""
 
     codes: Tensor  # [B, D, h, w], what the first layer makes of each pixel's 3 x 3 features
+    lr: Tensor  # [B, 3, h, w], [B, 0, h, w] without skip
 
 
 class LIIFDecoder(nn.Module):
-    """The decoding function: 3 x 3 features, relative position and cell to a colour.
+    """The decoding function: 3 x 3 features, relative position and cell to a colour, with
+    `config.skip` less that of the LR picture.
 
     Source: LIIF, section 3: equation 1, feature unfolding and cell decoding.
     """
 
     def __init__(self, in_channels: int, config: LIIFConfig):
         super().__init__()
+        self.skip = config.skip
         self.layers = make_layers([9 * in_channels + 4, *config.hidden_list])
 
     def encode(self, features: Tensor, lr: Tensor) -> LIIFEncoded:
@@ -216,16 +220,19 @@ class LIIFDecoder(nn.Module):
         are a 3 x 3 convolution."""
         first = self.layers[0]
         kernel = first.weight[:, :-4].unflatten(1, (-1, 3, 3))
-        return LIIFEncoded(F.conv2d(features, kernel, first.bias, padding=1))
+        codes = F.conv2d(features, kernel, first.bias, padding=1)
+        return LIIFEncoded(codes, lr if self.skip else lr[:, :0])
 
     def rgb(self, codes: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
         """Codes [..., D], relative position [..., 1] twice in half LR pixels, cell [2] of an HR
-        pixel in these, to [..., 3] around [0, 1]; matrices but the last multiplied in `dtype`."""
+        pixel in these, to [..., 3] around [0, 1], with skip around 0; matrices but the last
+        multiplied in `dtype`."""
         dtype = dtype or codes.dtype
         rest = self.layers[0].weight[:, -4:].to(codes.dtype)
         ry, rx = ry.to(codes.dtype), rx.to(codes.dtype)
         x = codes + (ry * rest[:, 0] + rx * rest[:, 1] + rest[:, 2:] @ cell.to(codes.dtype))
-        return perceptron(x.relu_(), list(self.layers)[2:], dtype) * 0.5 + 0.5
+        rgb = perceptron(x.relu_(), list(self.layers)[2:], dtype) * 0.5
+        return rgb if self.skip else rgb + 0.5
 
 
 class LIIFHead(EnsembleHead):
@@ -237,4 +244,4 @@ class LIIFHead(EnsembleHead):
 
     def __init__(self, config: ModelConfig):
         decoder = LIIFDecoder(config.encoder.n_feats, config.liif)
-        super().__init__(decoder, config.liif.hidden_list[0])
+        super().__init__(decoder, config.liif.hidden_list[0] + 3)
