@@ -64,7 +64,7 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
         from gsr.models.published import load_published
 
         return load_published(path)
-    config = _read_config(path / "config.json")
+    config = read_config(path / "config.json")
     tensors = _read_tensors(path / "model.safetensors")
     return assemble(config, tensors, f"{path / 'model.safetensors'} does not fit its config.json")
 
@@ -143,7 +143,8 @@ def _card(model: GaussianSR) -> str:
     )
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
+    """What a model folder's config.json describes; InputError if it does not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -163,7 +164,7 @@ def _read_config(path: Path) -> ModelConfig:
         model = from_dict(_File, content).model
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if content["format"] == 1:  # written when it was a constant
+    if content["format"] == 1 and model.mode == "direct":  # written when it was a constant
         model.direct.reach = 0.75
     return model
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from gsr import distributed
 from gsr.checkpoint import load_model
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
-from gsr.data import make_loader, split_pictures
+from gsr.data import split_pictures
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.evaluation import (
@@ -54,7 +54,7 @@ from gsr.infer import run
 from gsr.models import GaussianSR
 from gsr.paths import make_folder, usable
 from gsr.report import MADE
-from gsr.training import MAY_CHANGE, Trainer
+from gsr.training import MAY_CHANGE, Trainer, begun_with, different_keys
 
 COUNTED = (48, 4)  # side of the LR picture, and scale, at which multiply-adds are counted
 TIMED = (128, 4)  # and at which enlarging is timed
@@ -210,23 +210,24 @@ def seconds_to_enlarge(enlarge: Callable[[Tensor, tuple[int, int]], Tensor]) -> 
     return statistics.median(times[1:])
 
 
-def training_seconds(folder: Path) -> float | None:
-    """Time that a run took from first to last step, over all its starts, from its log.jsonl.
+def training_time(folder: Path) -> tuple[float | None, str | None]:
+    """Seconds that a run took from first to last step, over all its starts, and the place of these,
+    from its log.jsonl.
 
     Loading, and what is validated and saved in between are in it; what steps compile is not.
     Steps between the last row before an interruption and the state from which it went on count at
-    the rate after it. None if there is no rate.
+    the rate after it. None if there is no rate, or the starts were in different places.
     """
     try:
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
-        return None
-    total, before = 0.0, 0
+        return None, None
+    total, before, places = 0.0, 0, {row["place"] for row in rows if row.get("kind") == "start"}
     for row in rows:
         if row.get("kind") == "train" and row.get("steps_per_second"):
             total += (row["step"] - before) / row["steps_per_second"]
             before = row["step"]
-    return total if before else None
+    return (total, places.pop()) if before and len(places) == 1 else (None, None)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -241,15 +242,6 @@ def fingerprint(data: DataSet) -> str:
             content = path.read_bytes()
             digest.update(f"{picture.name} x{scale:g} {len(content)} ".encode() + content)
     return digest.hexdigest()
-
-
-def changed(config: Config) -> list[str]:
-    """Keys that had another value when the training in this run's folder began."""
-    folder = Path(config.output) / config.name
-    if not usable(folder / "state.pt").exists():
-        return []
-    before, now = (_flat(to_dict(c)) for c in (load_config(folder / "config.yaml"), config))
-    return [key for key in now if now[key] != before[key]]
 
 
 def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dict[str, Any]:
@@ -274,10 +266,9 @@ def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dic
     here = place(device)
     trained = {key: result.get(key) for key in ("training_seconds", "training_on")}
     if result.get("config") != decided:  # else only the measuring is asked for anew
-        train(config, folder, progress)
-        alike = TIMES.isdisjoint(changed(config))  # else its beginning took another time
-        seconds = training_seconds(folder) if alike else None
-        trained = {"training_seconds": seconds, "training_on": here}
+        train(config, folder, here, progress)
+        seconds, where = training_time(folder)
+        trained = {"training_seconds": seconds, "training_on": where}
     model = load_model(folder / "model").to(device)
     result = {
         **known,
@@ -296,25 +287,13 @@ def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dic
     return result
 
 
-def train(config: Config, folder: Path, progress: bool = False) -> None:
-    """Train a run to its last step, from where it stands."""
+def train(config: Config, folder: Path, here: str, progress: bool = False) -> None:
+    """Train a run to its last step, from where it stands; the log tells that it was `here`."""
     trainer = Trainer(config, resume=(folder / "state.pt").exists())
     with trainer.held:
         if trainer.step < trainer.total:
-            warm_up(trainer)
+            trainer.warm_up(here)
             trainer.fit(progress)
-
-
-def warm_up(trainer: Trainer) -> None:
-    """Gradients of the next step, thrown away: the clock is not to count what is compiled first.
-
-    The weights stay, and a step draws its random numbers from its own number.
-    """
-    c, step = trainer.config.train, trainer.step
-    pin = trainer.device.type == "cuda"
-    loader = make_loader(trainer.dataset, c.seed, step, step + 1, c.accumulate, pin)
-    trainer.loss(trainer._moved(trainer._next(iter(loader)))).backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def place(device: torch.device) -> str:
@@ -397,10 +376,14 @@ def compare(
             ": add their configs or --seeds, or choose another folder (-o)"
         )
     for *_, config in order:
-        if others := [key for key in changed(config) if key not in FREE]:
+        run = Path(folder, config.name)
+        if not usable(run / "state.pt").exists():
+            continue
+        others = [key for key in different_keys(begun_with(run), config) if key not in FREE]
+        if others:
             raise InputError(
-                f"{Path(folder, config.name)} was started with another {', '.join(others)}: give "
-                "the same values, or another folder (-o)"
+                f"{run} was started with another {', '.join(others)}: give the same values, or "
+                "another folder (-o)"
             )
     order.sort(key=lambda run: run[-1].name not in before)  # the older table stands until then
     asked = {
@@ -442,9 +425,9 @@ def compare(
         if progress and "error" in entry:
             print(f"{config.name} failed: {entry['error']}", file=sys.stderr, flush=True)
         runs.append(entry)
-        if number >= len(before):
-            report["methods"] = _rows(runs, costs, bicubic, seeds)
-            report["runs"] = runs
+        report["methods"] = _rows(runs, costs, bicubic, seeds)
+        report["runs"] = runs
+        if before <= {entry["folder"] for entry in runs if "result" in entry}:
             write(report, folder)
     return report
 
@@ -704,9 +687,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "but no plot",
             file=sys.stderr,
         )
-    methods = read_methods(
-        args.configs, args.steps, args.data, args.val, args.device, args.threads
-    )
+    methods = read_methods(args.configs, args.steps, args.data, args.val, args.device, args.threads)
     keep_memory()
     report = compare(
         methods, args.output, args.eval, args.scale, args.seeds, args.protocol, args.limit,

@@ -348,15 +348,24 @@ def _collate(items) -> Batch:
 
 
 def make_loader(
-    dataset: PatchDataset, seed: int, first: int, last: int, accumulate: int = 1, pin: bool = False
+    dataset: PatchDataset,
+    seed: int,
+    first: int,
+    last: int,
+    accumulate: int = 1,
+    pin: bool = False,
+    workers: int | None = None,
 ) -> DataLoader:
-    """This process's micro-batches, `accumulate` a step, for steps `first` to `last` of a run."""
+    """This process's micro-batches, `accumulate` a step, for steps `first` to `last` of a run.
+
+    `workers` processes load them, by default as many as the dataset's config says.
+    """
     ranks = distributed.rank(), distributed.count()
     c = dataset.config
     return DataLoader(
         dataset,
         batch_sampler=ScaleBatchSampler(len(dataset), c, seed, first, last, accumulate, *ranks),
-        num_workers=c.workers,
+        num_workers=c.workers if workers is None else workers,
         collate_fn=_collate,
         pin_memory=pin,
     )

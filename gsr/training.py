@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gsr import distributed
-from gsr.checkpoint import load_model, save_model
-from gsr.config import Config, TrainConfig, load_config, to_dict
+from gsr.checkpoint import load_model, read_config, save_model
+from gsr.config import Config, ModelConfig, TrainConfig, load_config, to_dict
 from gsr.data import (
     Batch,
     PatchDataset,
@@ -66,6 +67,9 @@ MAY_CHANGE = {
     "train.device", "train.threads", "train.log_every", "train.val_every", "train.save_every",
     "train.keep", "output",
 }  # fmt: skip
+# What PyTorch says of a loader process that was killed; an error raised in one it reports as that
+# of "DataLoader worker process 0".
+LOST = "DataLoader worker (pid", "Pin memory thread exited unexpectedly"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VAL_SIDE = 240  # HR pixels at most; sides are multiples of 24, and so of every scale
 
@@ -142,6 +146,22 @@ def describe_pictures(paths: list[Path], folder: str) -> str:
     names = "\0".join(path.relative_to(folder).as_posix() for path in paths)
     digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     return f"{len(paths)} pictures ({digest[:16]} by their names)"
+
+
+def begun_with(folder: Path) -> Config:
+    """The config that the run in a folder began with.
+
+    Its model is told by that of the first weights that were saved: config.yaml lacks what was no
+    key when it was written.
+    """
+    config, saved = load_config(folder / "config.yaml"), folder / "model" / "config.json"
+    return replace(config, model=read_config(saved)) if saved.exists() else config
+
+
+def different_keys(a: Config | ModelConfig, b: Config | ModelConfig) -> list[str]:
+    """Full names of the keys in which two configs differ."""
+    before, now = (_flat(to_dict(c)) for c in (a, b))
+    return [key for key in now if now[key] != before[key]]
 
 
 def _flat(section: dict, where: str = "") -> dict:
@@ -259,28 +279,43 @@ class Trainer:
         """A run goes on with the config that started it, but for how fast it goes and reports."""
         if not state.exists():
             raise InputError(f"{state} does not exist: start the run without --resume")
-        path = self.folder / "config.yaml"
-        before, now = (_flat(to_dict(c)) for c in (load_config(path), self.config))
         # A cosine depends on the number of steps; the step schedule may go on for longer.
         longer = {"train.steps", "train.epochs"} if self.config.train.schedule == "step" else set()
         may = MAY_CHANGE | longer
-        changed = [key for key in now if key not in may and now[key] != before[key]]
-        if changed:
+        changed = different_keys(begun_with(self.folder), self.config)
+        if changed := [key for key in changed if key not in may]:
             raise InputError(
-                f"{path} started this run with another {', '.join(changed)}: resume with the same "
-                "values, or start a new run under another name"
+                f"{self.folder / 'config.yaml'} started this run with another "
+                f"{', '.join(changed)}: resume with the same values, or start a new run under "
+                "another name"
             )
 
     def _start_from(self, path: str):
         model = load_model(path)
-        if model.config != self.config.model:
-            raise InputError(f"init: {path} is not the model that the section model describes")
+        if others := different_keys(model.config, self.config.model):
+            raise InputError(
+                f"init: {path} is not the model that the section model describes; it has another "
+                f"{', '.join(others)}"
+            )
         self.model.load_state_dict(model.state_dict())
 
     @property
     def shown(self) -> GaussianSR:
         """The weights that are validated and written as model folders."""
         return self.ema.module if self.ema else self.model
+
+    def warm_up(self, place: str) -> None:
+        """Have compiled what the next step compiles, and log that the steps are of `place` now.
+
+        That step's gradients are thrown away; it will draw the same random numbers again.
+        """
+        loader = make_loader(
+            self.dataset, self.config.train.seed, self.step, self.step + 1,
+            self.config.train.accumulate, workers=0,
+        )  # fmt: skip
+        self.loss(self._moved(next(iter(loader)))).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._log(None, {"step": self.step, "place": place}, "start")
 
     def fit(self, progress: bool = True) -> dict[str, float]:
         """Train to the last step; returns the last validation (in process 0).
@@ -367,19 +402,21 @@ class Trainer:
     def _loading(self):
         """A loader process that was ended from outside ends the run in a sentence.
 
-        The news comes at any time, by a signal, or when something is read from that process.
+        The news comes at any time, by a signal; or to `_next`, which reads from that process.
         """
         try:
             yield
-        except (RuntimeError, ConnectionError) as error:
-            lost = "DataLoader worker", "exited unexpectedly"
-            if isinstance(error, RuntimeError) and not any(text in str(error) for text in lost):
+        except RuntimeError as error:
+            if not any(text in str(error) for text in LOST):
                 raise
-            reason = " ".join(str(error).split())
-            raise distributed.Lost(
-                f"a loader process was ended from outside at step {self.step}, perhaps for want of "
-                f"memory ({reason}): lower data.workers and {self._go_on()}"
-            ) from None
+            raise self._lost(error) from None
+
+    def _lost(self, error: Exception) -> InputError:
+        reason = " ".join(str(error).split())
+        return distributed.Lost(
+            f"a loader process was ended from outside at step {self.step}, perhaps for want of "
+            f"memory ({reason}): lower data.workers and {self._go_on()}"
+        )
 
     def _validate(self, board) -> dict[str, float]:
         metrics = validate(self.shown, self.pairs, self.device)
@@ -401,6 +438,8 @@ class Trainer:
             return next(batches)
         except InputError as error:  # from a loader process it comes with that one's traceback
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
+        except ConnectionError as error:
+            raise self._lost(error) from None
 
     def _train_step(self, *parts: Batch) -> Tensor:
         """An optimiser step on this process's micro-batches; returns their mean loss, detached."""

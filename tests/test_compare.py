@@ -298,6 +298,13 @@ def test_a_table_is_not_replaced_by_a_poorer_one(done, tmp_path, monkeypatch):
         compared([c, *configs], out, scales=[3])
     assert written == [] and files_of(out) == before
 
+    def unreadable(*args, **options):
+        raise InputError("no")
+
+    monkeypatch.setattr(compare, "evaluate", unreadable)
+    compared([c, *configs], out, scales=[4])
+    assert written == [] and files_of(out) == before
+
 
 def test_other_pictures_are_measured_again_but_not_trained_for(done, tmp_path, monkeypatch):
     _, configs, _ = done
@@ -456,15 +463,21 @@ def test_heads_that_are_compared_are_those_of_the_configs():
         assert (model.encoder.n_feats, model.encoder.n_blocks) == (32, 4)
 
 
-def test_training_seconds_are_those_of_the_steps(tmp_path):
+def test_training_time_is_that_of_the_steps(tmp_path):
     rows = [
+        {"kind": "start", "step": 0, "place": "cpu, 1 thread"},
         {"kind": "train", "step": 10, "steps_per_second": 5.0},
         {"kind": "val", "step": 10, "psnr": 20.0},
         {"kind": "train", "step": 30, "steps_per_second": 2.0},
     ]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert compare.training_seconds(tmp_path) == 2 + 10
-    assert compare.training_seconds(tmp_path / "none") is None
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.training_time(tmp_path) == (2 + 10, "cpu, 1 thread")
+    assert compare.training_time(tmp_path / "none") == (None, None)
+    for other in ("cpu, 2 threads", "cpu, 1 thread"):
+        rows.append({"kind": "start", "step": 30, "place": other})
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert compare.training_time(tmp_path) == (None, None)
 
 
 def test_what_is_compiled_at_first_is_not_timed(tmp_path, monkeypatch):
@@ -477,8 +490,9 @@ def test_what_is_compiled_at_first_is_not_timed(tmp_path, monkeypatch):
         return forward(self, batch)
 
     monkeypatch.setattr(Loss, "forward", slow_at_first)
-    compare.train(config, tmp_path / config.name)
-    assert len(calls) == 3 + 1 and 0 < compare.training_seconds(tmp_path / config.name) < 1
+    compare.train(config, tmp_path / config.name, "here")
+    seconds, place = compare.training_time(tmp_path / config.name)
+    assert len(calls) == 3 + 1 and 0 < seconds < 1 and place == "here"
     assert torch.equal(calls[0].lr, calls[1].lr)  # the first step's, for its shapes
 
 
@@ -510,8 +524,9 @@ def test_times_are_those_of_one_place():
     assert "on what, stands beside it" in text and "both on" not in text
 
 
-def test_a_training_that_began_otherwise_has_no_time(done, tmp_path):
-    out, configs, _ = done
+def test_times_are_of_where_they_were_taken(done, tmp_path):
+    out, configs, first = done
+    trained = first["runs"][0]["result"]["training_on"]
     ended = tmp_path / "out" / "a-seed0"  # trained to its last step, then interrupted
     shutil.copytree(out / "a-seed0", ended)
     before = torch.get_num_threads()
@@ -522,7 +537,7 @@ def test_a_training_that_began_otherwise_has_no_time(done, tmp_path):
             methods = compare.read_methods(configs[:1], threads=threads)
             report = compare.compare(methods, tmp_path / "out", [EVAL], [2], 1, limit=1)
             result = report["runs"][0]["result"]
-            assert (result["training_seconds"] is None) == (threads == 2)
+            assert result["training_seconds"] > 0 and result["training_on"] == trained
             assert result["upscaling_on"] == report["methods"][1]["upscaling_on"] == where
     finally:
         torch.set_num_threads(before)

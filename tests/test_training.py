@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gsr import inspection, training
-from gsr.checkpoint import load_model
+from gsr.checkpoint import BUNDLED, load_model
 from gsr.config import load_config
 from gsr.data import Batch, pixel_coords
 from gsr.errors import InputError
@@ -288,6 +288,35 @@ def test_a_loader_process_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.undo()
     trainer = Trainer(config(tmp_path, "train.steps=20", "data.workers=0"), resume=True)
     assert trainer.step == 3
+
+
+class Faulty:
+    """Pictures that fail in the loader process, as a mistake in the code would."""
+
+    def __init__(self, dataset):
+        self.config, self.count = dataset.config, len(dataset)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, draw):
+        raise RuntimeError("a mistake")
+
+
+def test_a_mistake_in_a_loader_process_is_no_killed_process(tmp_path):
+    trainer = Trainer(config(tmp_path, "data.workers=1"))
+    trainer.dataset = Faulty(trainer.dataset)
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
+        trainer.fit(progress=False)
+
+
+def test_a_broken_pipe_elsewhere_is_no_killed_process(tmp_path, monkeypatch):
+    def broken(self, *parts):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(Trainer, "_train_step", broken)
+    with pytest.raises(BrokenPipeError):
+        Trainer(config(tmp_path)).fit(progress=False)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
@@ -695,8 +724,28 @@ def test_init_starts_from_weights(tmp_path):
     init = f"init={tmp_path / 'a' / 'smoke' / 'model'}"
     trainer = Trainer(config(tmp_path / "b", init))
     assert same(weights(tmp_path / "a"), trainer.model.state_dict())
-    with pytest.raises(InputError, match="init"):
+    with pytest.raises(InputError, match="init: .* it has another direct.gaussians$"):
         Trainer(config(tmp_path / "c", init, "model.direct.gaussians=2"))
+
+
+def test_the_config_of_the_bundled_weights_is_theirs():
+    assert load_config(ROOT / "configs" / "gsr-lite.yaml").model == load_model(BUNDLED).config
+
+
+def test_a_run_of_older_code_goes_on_with_its_own_offsets(tmp_path):
+    """Within 3/4 LR pixel, which was no key then."""
+    older = "model.direct.reach=0.75"
+    Trainer(config(tmp_path, older, "train.steps=2", "train.save_every=2")).fit(progress=False)
+    folder = tmp_path / "smoke"
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("    reach: 0.75\n", ""))
+    content = json.loads((folder / "model" / "config.json").read_text())
+    content["format"] = 1
+    del content["model"]["direct"]["reach"]
+    (folder / "model" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="with another model.direct.reach:"):
+        Trainer(config(tmp_path, "train.steps=2"), resume=True)
+    Trainer(config(tmp_path, older, "train.steps=2"), resume=True)
 
 
 def test_a_users_own_files_stay(tmp_path):

@@ -204,8 +204,8 @@ class LIIFEncoded(NamedTuple):
 
 
 class LIIFDecoder(nn.Module):
-    """The decoding function: 3 x 3 features, relative position and cell to a colour, with
-    `config.skip` less that of the LR picture.
+    """The decoding function: 3 x 3 features, relative position and cell to a colour; with
+    `config.skip`, to its difference from the LR picture's.
 
     Source: LIIF, section 3: equation 1, feature unfolding and cell decoding.
     """
