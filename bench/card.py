@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import document
 from gsr.checkpoint import load
 from gsr.cli import guard
 from gsr.errors import InputError
 from gsr.evaluation import describe_model
-from gsr.image import write_atomic
 from gsr.report import published
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
 DOCUMENTS = [ROOT / "README.md", ROOT / "gsr" / "weights" / "gsr-lite" / "README.md"]
-MARKS = ("<!-- figures -->", "<!-- /figures -->")
 
 
 def tables(report: dict) -> str:
@@ -53,13 +52,6 @@ def tables(report: dict) -> str:
     return "\n\n".join(blocks)
 
 
-def fill(text: str, report: dict) -> str:
-    """The document with its figures made anew."""
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{tables(report)}\n{MARKS[1]}{after}"
-
-
 def check(report: dict[str, Any]) -> None:
     """Raise InputError unless the report is of the protocol `benchmark` and the bundled weights."""
     name = report["protocol"]["name"]
@@ -78,15 +70,13 @@ def check(report: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         report = json.loads(REPORT.read_text(encoding="utf-8"))
-        texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
     except (OSError, ValueError) as error:
-        raise InputError(f"report and documents must be there, but: {error}") from None
+        raise InputError(f"{REPORT} must be a report of evaluate.py, but: {error}") from None
     check(report)
-    for path, text in texts.items():
-        if [text.count(mark) for mark in MARKS] != [1, 1]:
-            raise InputError(f"{path} must hold {MARKS[0]} and {MARKS[1]}, once each; add them")
-    for path, text in texts.items():
-        write_atomic(path, fill(text, report).encode())
+    for path in DOCUMENTS:
+        document.read(path, "figures")  # before either is written
+    for path in DOCUMENTS:
+        document.put(path, "figures", tables(report))
 
 
 if __name__ == "__main__":

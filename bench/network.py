@@ -36,19 +36,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gsr
-from bench import schema
+from bench import document, schema
 from bench.published import CHUNK, Published, edsr, liif_mlp, liif_query, liif_render, queries
 from bench.splat import quantiles
 from gsr import infer
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
-from gsr.image import write_atomic
 from gsr.models import GaussianSR
 from gsr.models.edsr import EDSR
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKS = ("<!-- network -->", "<!-- /network -->")
 MODES = ("official", "field", "direct")
 PUBLISHED = {"published, as shipped": True, "published, one call": False}  # by chunks of queries
 METHODS = (*MODES, *PUBLISHED, "LIIF")
@@ -473,24 +471,6 @@ TABLES = {
 }  # fmt: skip
 
 
-def fill(document: Path, text: str) -> None:
-    """Put `text` between the marks of a Markdown file."""
-    page = read_document(document)
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    write_atomic(document, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}".encode())
-
-
-def read_document(document: Path) -> str:
-    try:
-        page = document.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{document} must be a page with marks, but: {error}") from None
-    if [page.count(mark) for mark in MARKS] != [1, 1]:
-        raise InputError(f"{document} must hold {MARKS[0]} and {MARKS[1]}, once each; add them")
-    return page
-
-
 # ---- command ------------------------------------------------------------------------------------
 
 
@@ -534,7 +514,7 @@ def main(argv=None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: only a test")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--from", dest="source", metavar="FILE", help="measure nothing, read this")
-    parser.add_argument("--document", type=Path, metavar="FILE", help=f"page with {MARKS[0]} marks")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="page with marks, for tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
@@ -542,7 +522,7 @@ def main(argv=None) -> None:
     if args.rounds < 1:
         raise InputError(f"--rounds must be at least 1, not {args.rounds}")
     if args.document:
-        read_document(args.document)  # before minutes are spent
+        document.read(args.document, "network")  # before minutes are spent
     if args.source:
         report = schema.load(args.source)
         if report["benchmark"] != "network":
@@ -555,4 +535,4 @@ def main(argv=None) -> None:
     if args.output:
         schema.save(report, args.output)
     if args.document:
-        fill(args.document, summary(report))
+        document.put(args.document, "network", summary(report))

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import cost, schema
+from bench import cost, document, schema
 from bench.cost import Shape
 from gsr.errors import InputError
 from gsr.kernels import configs, splat, windows
@@ -655,18 +655,6 @@ def block_text(config: dict) -> str:
     return " / ".join(str(n) for n in (pixels, lanes, config["num_warps"]) if n is not None)
 
 
-MARKS = ("<!-- static -->", "<!-- /static -->")
-
-
-def fill(document: Path, rows: list[dict]) -> None:
-    """Put the tables for the x4 picture between the marks of a Markdown file."""
-    text = document.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    text = f"{before}{MARKS[0]}\n{summary(rows)}\n{MARKS[1]}{after}"
-    document.write_text(text, encoding="utf-8")
-
-
 def summary(rows: list[dict]) -> str:
     """Tables of what the models use at x4: all targets in a row, and the model."""
     kinds = ("forward", "prepare", "backward")
@@ -726,6 +714,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if not hasattr(splat.splat_forward, "cache_key"):
         raise InputError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
+    if args.document:
+        document.read(args.document, "static")  # before minutes are spent
     rows = [r for arch in args.arch for r in compiled_rows(arch)]
     rows += [] if args.no_model else model_rows()
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
@@ -737,4 +727,4 @@ def main(argv=None) -> None:
         protocol = {"note": NOTE, "picture": list(PICTURE), "scale": SCALE, "latency": LATENCY}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
-        fill(args.document, rows)
+        document.put(args.document, "static", summary(rows))

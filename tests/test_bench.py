@@ -89,15 +89,15 @@ def test_operations_of_one_weight():
 def test_static_report(static, tmp_path, monkeypatch, capsys):
     some = [x for x in static.shipped("sm_90") if x[0] == "splat_backward"][:1]
     monkeypatch.setattr(static, "shipped", lambda arch: some)
-    path, document = tmp_path / "static.json", tmp_path / "page.md"
-    document.write_text(f"before\n{static.MARKS[0]}\nold\n{static.MARKS[1]}\nafter\n")
-    static.main(["--arch", "sm_90", "--no-model", "--output", str(path)])
+    path, page = tmp_path / "static.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- static -->\nold\n<!-- /static -->\nafter\n")
+    static.main(["--arch", "sm_90", "--no-model", "--output", str(path), "--document", str(page)])
     (row,) = schema.load(path)["rows"]
     assert row["seconds"] is None and row["resources"]["registers"] > 0
     assert row["loop"]["MUFU"] >= 1 and row["loop"]["LDG"] >= 1 and row["occupancy"] >= 4
     assert "not a measurement" in capsys.readouterr().out
-    static.fill(document, [row])
-    assert document.read_text().startswith("before") and "old" not in document.read_text()
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
 
 
 def test_model_counts_every_weight(static):

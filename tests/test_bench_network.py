@@ -146,7 +146,7 @@ def test_a_process_of_its_own():
 
 def test_report_tables_and_picture(tmp_path, in_this_process, capsys):
     path, page = tmp_path / "network.json", tmp_path / "page.md"
-    page.write_text(f"before\n{network.MARKS[0]}\nold\n{network.MARKS[1]}\nafter\n")
+    page.write_text("before\n<!-- network -->\nold\n<!-- /network -->\nafter\n")
     main(["network", "--quick", "--output", str(path), "--document", str(page)])
     report = schema.load(path)
     assert {r["part"] for r in report["rows"]} == set(network.TABLES)
@@ -160,7 +160,7 @@ def test_report_tables_and_picture(tmp_path, in_this_process, capsys):
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "published, as shipped" in text and "LIIF" in capsys.readouterr().out
 
-    page.write_text(f"{network.MARKS[0]}{network.MARKS[1]}")
+    page.write_text("<!-- network --><!-- /network -->")
     main(["network", "--from", str(path), "--document", str(page)])
     assert text.split("\n", 2)[2].startswith(page.read_text().split("\n", 2)[1])
 
