@@ -18,8 +18,8 @@ from typing import Any
 from bench import document
 from gsr.checkpoint import load
 from gsr.cli import guard
+from gsr.describe import describe_model
 from gsr.errors import InputError
-from gsr.evaluation import describe_model
 from gsr.report import published
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from gsr.describe import describe_run
 from gsr.errors import InputError
-from gsr.evaluation import describe_run
 
 VERSION = 1
 

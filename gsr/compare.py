@@ -32,23 +32,14 @@ import torch
 from torch import Tensor
 
 from gsr import distributed
+from gsr.benchmarks import DataSet, check_sizes, open_set
 from gsr.checkpoint import load_model
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
 from gsr.data import split_pictures
+from gsr.describe import describe_model, describe_run
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
-from gsr.evaluation import (
-    SCALES,
-    DataSet,
-    add_protocol,
-    check_sizes,
-    describe_model,
-    describe_protocol,
-    describe_run,
-    enlarge_bicubic,
-    evaluate,
-    open_set,
-)
+from gsr.evaluation import SCALES, add_protocol, describe_protocol, enlarge_bicubic, evaluate
 from gsr.image import write_atomic
 from gsr.infer import run
 from gsr.models import GaussianSR

@@ -1,4 +1,4 @@
-"""Several processes that train one model, each on a share of every batch.
+"""Several processes that train one model, each on a share of every batch, or measure it together.
 
 `torchrun` starts the processes, on one machine or more, and tells each its place by environment
 variables. Without it every function here is that of a single process and does next to nothing.
@@ -13,9 +13,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from gsr.errors import InputError
 
 # What PyTorch says where another process is gone.
 GONE = re.compile("connection (closed|reset|refused)|broken pipe|ncclRemoteError", re.IGNORECASE)
-PATIENCE = timedelta(hours=2)  # for the first process, which validates and writes alone
+PATIENCE = timedelta(hours=2)  # for a process that validates and writes alone, or measures longer
 # Groups end with the interpreter: DistributedDataParallel, were the last reference its own, would
 # hold the interpreter's lock as it waits for threads that may be waiting for that lock.
 _groups: list[dist.ProcessGroup] = []
@@ -45,7 +46,7 @@ def started() -> int:
 
 
 def count() -> int:
-    """Processes that train together."""
+    """Processes that are together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -77,7 +78,8 @@ def together() -> Iterator[None]:
         except (ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(
-                f"the processes could not meet ({reason}): start them with torchrun"
+                f"WORLD_SIZE is {started()}, but the processes cannot meet ({reason}): start them "
+                "with torchrun, or unset WORLD_SIZE"
             ) from None
         _groups.append(dist.group.WORLD)
     try:
@@ -129,8 +131,21 @@ def mean(values: Tensor) -> Tensor:
     return values / count()
 
 
-def pick(name: str) -> torch.device:
-    """The device that `train.device` means for this process: a GPU each, or the CPU.
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """This process's part: every count-th, so that what is sorted by size is divided evenly."""
+    return items[rank() :: count()]
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process has for `value`, by rank; each of them must ask."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def pick(name: str, option: str = "train.device") -> torch.device:
+    """The device that `option`'s value means for this process: a GPU each, or the CPU.
 
     Raises:
         InputError: it names one device for several processes, or there are more than GPUs.
@@ -138,14 +153,14 @@ def pick(name: str) -> torch.device:
     if count() == 1:
         return pick_device(name)
     if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"train.device {name} does not serve {count()} processes: use auto or cpu")
+        raise InputError(f"{option} {name} does not serve {count()} processes: use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return pick_device(name)
     (local, here), gpus = place(), torch.cuda.device_count()
     if local >= gpus:
         raise InputError(
             f"torchrun started {here} processes on a machine of {gpus} GPUs: give "
-            f"--nproc_per_node {gpus}, or train.device=cpu"
+            f"--nproc_per_node {gpus}, or cpu as {option}"
         )
     device = pick_device(f"cuda:{local}")
     torch.cuda.set_device(device)

@@ -1,15 +1,8 @@
-"""Measuring a model on folders of pictures, by the published protocols, next to bicubic.
+"""Measuring models on data folders (`gsr.benchmarks`), by the published protocols, next to bicubic.
 
-A data folder is FOLDER/HR with FOLDER/LR_bicubic/X2/NAMEx2.png (likewise X3, ...), or plain HR
-pictures, or NAME_HR with NAME_LR_bicubic beside it, as DIV2K is laid out. Where a set has no LR
-pictures for a scale they are made from HR by `imresize`. Every report is one JSON file that says
-how the numbers came about; bicubic is measured in the same run, so that a mistake in the data or
-in the protocol shows there. `gsr.report` makes tables and a figure of it.
-
-Scales may be fractional. A picture must have 11 pixels a side left at every scale, after the HR
-pixels that LR does not cover and those that the protocol shaves are gone: one of 256 pixels has at
-x30, one of 64 has not. If a picture is too small for one of the scales, nothing is measured: a mean
-over fewer pictures would not be that of the set.
+Every report is one JSON file that says how the numbers came about; bicubic is measured in the same
+run, so that a mistake in the data or in the protocol shows there. `gsr.report` makes tables and a
+figure of it.
 
 Under `torchrun --nproc-per-node N evaluate.py ...` the pictures are divided among the processes,
 and the report is that of one process in every digit but for the seconds, if each of them has as
@@ -20,35 +13,35 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
-import platform
-import re
-import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gsr import distributed
 from gsr import report as reports
-from gsr.device import pick_device, set_threads
+from gsr.benchmarks import (
+    DataSet,
+    Picture,
+    check_scales,
+    check_sizes,
+    check_spared,
+    named_picture,
+    open_set,
+    read_pair,
+)
+from gsr.describe import BUNDLED, called_after, describe_model, describe_run, telling
+from gsr.device import set_threads
 from gsr.errors import InputError
 from gsr.image import (
-    READ_SUFFIXES,
     check_format,
-    list_images,
-    read_image,
     save_image,
     to_tensor,
     to_uint8,
@@ -62,7 +55,7 @@ from gsr.metrics import (
     SSIM_WINDOW,
     VGG16_LEAST,
     Protocol,
-    check_size,
+    as_protocol,
     perceptual,
     psnr,
     psnr_y,
@@ -75,185 +68,6 @@ if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
 SCALES = (2, 3, 4)
-MAX_SCALE = 1000
-BUNDLED = "bundled"  # what reports and the command line call the bundled model
-
-
-# ---- data ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str  # path below the HR folder without suffix, e.g. "baby"
-    hr: Path
-    lr: dict[float, Path]  # by scale; a scale that is not here is made by imresize
-
-
-@dataclass(frozen=True)
-class DataSet:
-    name: str
-    pictures: list[Picture]
-    folders: tuple[Path, Path]  # of HR and of LR, resolved
-
-
-def open_set(
-    folder: str | os.PathLike, scales: Sequence[float], limit: int | None = None
-) -> DataSet:
-    """Find the HR pictures of a data folder and their LR pictures at `scales`; reads none of them.
-
-    Args:
-        folder: see the module's text.
-        scales: each from 1 to 1000.
-        limit: only the first so many pictures, by name.
-
-    Raises:
-        InputError: no such folder, no picture, two pictures of one name, a bad scale or limit, or
-            a folder of LR pictures that lacks one of them or has none for any scale.
-    """
-    scales = _check_scales(scales)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit (--limit) must be at least 1, not {limit}")
-    folder = usable(folder)
-    name, hr_folder, lr_folder = folder.resolve().name, folder, folder / "LR_bicubic"
-    if (folder / "HR").is_dir():
-        hr_folder = folder / "HR"
-    elif name.endswith("_HR"):
-        name = name[: -len("_HR")]
-        lr_folder = folder.resolve().parent / f"{name}_LR_bicubic"
-
-    # A set whose HR pictures lie beside its folder LR_bicubic.
-    paths = [path for path in list_images(hr_folder) if lr_folder not in path.parents]
-    if not paths:
-        raise InputError(f"{hr_folder} holds LR pictures only; put HR pictures into it")
-    names = _by_name(paths, hr_folder)
-    if lr_folder.is_dir() and not any(x.is_dir() for x in lr_folder.glob("X[0-9]*")):
-        raise InputError(
-            f"{lr_folder} holds no folder of a scale, spelt X2, X3, ...; rename what it holds, or "
-            "remove it to have LR made from HR"
-        )
-    lr: dict[float, dict[str, Path]] = {}
-    for scale in scales:
-        x = lr_folder / f"X{scale}"
-        if not x.is_dir():
-            continue
-        found = _by_name(list_images(x), x)
-        missing = [n for n in names if f"{n}x{scale}" not in found]
-        if missing:
-            raise InputError(
-                f"{x} lacks {len(missing)} of the {len(names)} LR pictures, first "
-                f"{missing[0]}x{scale}.png; add them, or remove {x.name} to have LR made from HR"
-            )
-        lr[scale] = {n: found[f"{n}x{scale}"] for n in names}
-    pictures = [Picture(n, hr, {s: lr[s][n] for s in lr}) for n, hr in names.items()]
-    return DataSet(name, pictures[:limit], (hr_folder.resolve(), lr_folder.resolve()))
-
-
-def check_spared(option: str, path: Path, sets: Sequence[DataSet]) -> None:
-    """Raise InputError if a file to be written would replace a picture of a set, or become one."""
-    exists, above = usable(path).exists(), (path.parent.resolve() / path.name).parents
-    picture = path.suffix.lower() in READ_SUFFIXES
-    for data in sets:
-        own = (file for p in data.pictures for file in (p.hr, *p.lr.values()))
-        if (picture and any(folder in above for folder in data.folders)) or (
-            exists and any(os.path.samefile(path, file) for file in own)
-        ):
-            raise InputError(
-                f"--{option} would write {path} among the pictures of {data.name}, or over one of "
-                "them; choose another place"
-            )
-
-
-def _by_name(paths: list[Path], folder: Path) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in names:
-            raise InputError(f"{names[name]} and {path} have the same name; rename one of them")
-        names[name] = path
-    return names
-
-
-def _check_scales(scales: Sequence[float]) -> list[float]:
-    """Each scale once, as an int where it is whole, so that files and reports say x2, not x2.0."""
-    for scale in scales:
-        if not 1 <= scale <= MAX_SCALE:  # NaN is not either
-            raise InputError(f"scale (--scale) must be from 1 to {MAX_SCALE}, not {scale}")
-    if not scales:
-        raise InputError("scale (--scale): give at least one")
-    return list(dict.fromkeys(int(s) if s == int(s) else float(s) for s in scales))
-
-
-def read_pair(picture: Picture, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """LR [h, w, 3] and HR [round(h s), round(w s), 3], uint8, of a picture at a scale s.
-
-    The LR file if there is one, else HR cropped and reduced by `imresize`; either way HR loses
-    what LR does not cover, at the bottom and on the right.
-
-    Raises:
-        InputError: an unreadable picture, one with no LR pixel left, or LR of another size.
-    """
-    hr = read_image(picture.hr)
-    if scale in picture.lr:
-        lr = read_image(picture.lr[scale])
-        if not _reduced(hr.shape, lr.shape, scale):
-            raise InputError(
-                f"{picture.lr[scale]} has {lr.shape[1]} x {lr.shape[0]} pixels, which is not "
-                f"{picture.hr} ({hr.shape[1]} x {hr.shape[0]}) reduced {scale} times, rounded "
-                "down; replace one of them"
-            )
-        return lr, _crop(hr, lr.shape, scale)
-    size = _lr_size(picture, hr.shape, scale)
-    hr = _crop(hr, size, scale)
-    return imresize(hr, size=size), hr
-
-
-def check_sizes(
-    data: DataSet, scales: Sequence[float], protocol: str | Protocol, least: int = SSIM_WINDOW
-) -> None:
-    """Raise InputError if a picture is too small to measure at a scale, or LR is not HR reduced.
-
-    Of good files only the heads are read. `least`: pixels that must be left a side, see the text of
-    the module.
-    """
-    protocol = _protocol(protocol)
-    for picture in data.pictures:
-        size = _head(picture.hr)
-        for scale in scales:
-            hr_size = [round(n * scale) for n in _lr_size(picture, size, scale)]
-            with _named_picture(picture, scale):
-                check_size(hr_size, protocol.shave(scale), least)
-            if scale in picture.lr and not _reduced(size, _head(picture.lr[scale]), scale):
-                read_pair(picture, scale)  # which turns pictures upright and has the last word
-
-
-def _head(path: Path) -> tuple[int, int]:
-    """(H, W) as a file's head says it, or what `read_image` raises."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            return image.height, image.width
-    except Exception:  # whatever is wrong with the file, reading it says so
-        return read_image(path).shape[:2]
-
-
-def _reduced(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
-    """Whether LR has the size of HR reduced, rounded down."""
-    # The slack is for scales that binary cannot express.
-    return all(-1e-6 < hr_size[axis] - lr_size[axis] * scale < scale for axis in (0, 1))
-
-
-def _lr_size(picture: Picture, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
-    size = tuple(math.floor(n / scale + 1e-9) for n in hr_shape[:2])
-    if 0 in size:
-        raise InputError(
-            f"{picture.hr} has {hr_shape[1]} x {hr_shape[0]} pixels, too few for scale {scale}; "
-            "remove it"
-        )
-    return size
-
-
-def _crop(hr: np.ndarray, lr_shape: Sequence[int], scale: float) -> np.ndarray:
-    return hr[: round(lr_shape[0] * scale), : round(lr_shape[1] * scale)]
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -304,7 +118,6 @@ def evaluate(
     progress: bool = False,
     ensemble: bool = False,
     extra: Mapping[str, Callable[[Tensor, Tensor, int], float]] | None = None,
-    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Mean PSNR and SSIM of bicubic and of models over a data folder, at every scale.
 
@@ -319,8 +132,9 @@ def evaluate(
         progress: a bar on stderr.
         ensemble: measure every model once more as "LABEL+", by `self_ensemble`.
         extra: more metrics by name, such as `gsr.metrics.perceptual` makes.
-        ranks: the processes that share the pictures, each of which calls this; each gets the whole
-            report.
+
+    Processes that are together (`gsr.distributed`) share the pictures: each calls this, and gets
+    the whole report.
 
     Returns:
         {"name", "pictures", "scales": [{"scale", "shave", "lr", "methods"}]}: "lr" is "paired" or
@@ -334,25 +148,25 @@ def evaluate(
         InputError: anything `open_set`, `check_sizes` and `read_pair` raise, an unknown protocol,
             or a model that gives NaN or infinity.
     """
-    protocol, scales, ranks = _protocol(protocol), _check_scales(scales), ranks or Ranks()
+    protocol, scales = as_protocol(protocol), check_scales(scales)
     models = _by_label(model)
     data = open_set(folder, scales, limit)
     check_sizes(data, scales, protocol)
-    own = ranks.share(data.pictures)
+    own = distributed.share(data.pictures)
     folders = _save_folders(save, methods_at(1, models, ensemble), data, [data])
+    shown = progress and distributed.rank() == 0
+    measured = {}
     try:
-        measured = {}
-        with _bar(len(own) * len(scales), data.name, progress and ranks.rank == 0) as bar:
+        with _bar(len(own) * len(scales), data.name, shown) as bar:
             for scale in scales:
                 methods = methods_at(scale, models, ensemble)
                 found = _measure_all(own, scale, methods, protocol, folders, extra or {}, bar)
                 measured |= {(scale, method): found[method] for method in methods}
     except InputError as error:
-        measured = error  # the other processes wait to hear of it
-    everywhere = ranks.gather(measured)
-    for error in everywhere:
-        if isinstance(error, InputError):
-            raise error
+        distributed.agree(error)  # the other processes wait to hear of it
+        raise
+    distributed.agree()
+    everywhere = distributed.gather(measured)
 
     names = [picture.name for picture in data.pictures]
     rows = [
@@ -413,14 +227,6 @@ def _enlarge(model: GaussianSR, lr: Tensor, size: tuple[int, int], scale: Any) -
     return run(model, lr, size, scale=scale)
 
 
-def _protocol(protocol: str | Protocol) -> Protocol:
-    if isinstance(protocol, Protocol):
-        return protocol
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol]
-
-
 def check_finite(values: Tensor, what: str) -> None:
     """Raise InputError if a model gives NaN or infinity for what is named."""
     if not values.isfinite().all():
@@ -469,7 +275,7 @@ def _measure(
     extra: Mapping[str, Callable[[Tensor, Tensor, int], float]],
 ) -> dict[str, float]:
     shave = protocol.shave(scale)
-    with _named_picture(picture, scale):
+    with named_picture(picture, scale):
         return {
             "psnr": protocol(sr, hr, scale),
             "ssim": ssim(sr, hr, shave),
@@ -477,14 +283,6 @@ def _measure(
             "psnr_y": psnr_y(sr, hr, shave),
             **{name: metric(sr, hr, shave) for name, metric in extra.items()},
         }
-
-
-@contextmanager
-def _named_picture(picture: Picture, scale: float) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{picture.hr} at x{scale}: {error}, or remove it") from None
 
 
 def _together(parts: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -516,52 +314,6 @@ def _bar(total: int, name: str, progress: bool):
     return tqdm(total=total, desc=name, unit="picture", disable=not progress)
 
 
-# ---- several processes --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Which one of the processes that share an evaluation this is, and how many they are."""
-
-    rank: int = 0
-    count: int = 1
-
-    def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This process's part: every count-th, so that sets sorted by size are divided evenly."""
-        return items[self.rank :: self.count]
-
-    def gather(self, value: Any) -> list[Any]:
-        """What every process has for `value`, by rank; each of them must ask."""
-        if self.count == 1:
-            return [value]
-        values = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-
-@contextmanager
-def _ranks() -> Iterator[Ranks]:
-    """The processes that torchrun has started, connected by gloo; one without torchrun."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1":
-        yield Ranks()
-        return
-    import torch.distributed as dist
-
-    try:
-        # A process that is done waits for the others, however long they take.
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"WORLD_SIZE is {count}, but the processes cannot be connected ({error}); start them "
-            "with torchrun, or unset WORLD_SIZE"
-        ) from None
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
-
-
 # ---- reports ------------------------------------------------------------------------------------
 
 
@@ -569,7 +321,7 @@ def describe_protocol(
     protocol: str | Protocol, ensemble: bool = False, extra: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the numbers of a protocol mean, for a report; `extra`: names of perceptual metrics."""
-    protocol = _protocol(protocol)
+    protocol = as_protocol(protocol)
     shave = "ceil(scale)" + (f" + {protocol.extra}" if protocol.extra else "")
     more = {}
     if ensemble:
@@ -597,59 +349,6 @@ def describe_protocol(
         "bicubic": "MATLAB-compatible imresize, a = -0.5, of LR",
         **more,
     }
-
-
-def describe_model(model: GaussianSR, checkpoint: str) -> dict[str, Any]:
-    """Which model was measured: its name, mode, size, configuration and a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return {
-        "checkpoint": checkpoint,
-        "mode": model.config.mode,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": digest.hexdigest(),
-        "config": asdict(model.config),
-    }
-
-
-def describe_run(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit: what else the numbers depend on."""
-    import PIL
-
-    import gsr
-
-    cuda = device.type == "cuda"
-    return {
-        "versions": {
-            "gsr": gsr.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "python": platform.python_version(),
-        },
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, "-dirty" where files differ; None if it is no checkout."""
-    root = Path(__file__).resolve().parents[1]
-    # Installed into an environment inside somebody's own repository, git would name that one.
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def table(report: dict[str, Any]) -> str:
@@ -696,7 +395,7 @@ def crops(
     Raises:
         InputError: anything `read_pair` and `check_box` raise, or a model that gives NaN.
     """
-    protocol = _protocol(protocol)
+    protocol = as_protocol(protocol)
     lr, hr = (to_tensor(array) for array in read_pair(picture, scale))
     made = {}
     for label, enlarge in methods_at(scale, models, ensemble).items():
@@ -732,17 +431,17 @@ def check_box(box: reports.Box, size: Sequence[int], picture: Picture, scale: fl
 def main(argv: Sequence[str] | None = None) -> None:
     """`evaluate.py --data FOLDER ...`: print the table, write the reports. Raises InputError."""
     args = _parser().parse_args(argv)
-    with _ranks() as ranks:
-        _main(args, ranks)
+    with distributed.together():
+        _main(args)
 
 
-def _main(args: argparse.Namespace, ranks: Ranks) -> None:
+def _main(args: argparse.Namespace) -> None:
     from gsr.checkpoint import load
 
     start = time.perf_counter()
     set_threads(args.threads)
     # All that can be wrong with paths and sizes is found before anything slow begins.
-    scales = _check_scales(args.scale)
+    scales = check_scales(args.scale)
     sets = [open_set(folder, scales, args.limit) for folder in args.data]
     names = [data.name for data in sets]
     for name in names:
@@ -760,11 +459,7 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
     files = _files(args, sets)
     if args.save is not None:
         make_folder(args.save)
-    device = pick_device(args.device)
-    if ranks.count > 1 and args.device == "auto" and device.type == "cuda":
-        # The processes of one machine take its GPUs in turn.
-        local = int(os.environ.get("LOCAL_RANK", ranks.rank)) % torch.cuda.device_count()
-        device = torch.device("cuda", local)
+    device = distributed.pick(args.device, "--device")
     extra = {name: perceptual(name, device) for name in args.perceptual}
     models = {label: load(path).to(device) for label, path in paths.items()}
     for model in models.values():  # what is compiled or allocated at first counts for no picture
@@ -778,12 +473,12 @@ def _main(args: argparse.Namespace, ranks: Ranks) -> None:
         "sets": [
             evaluate(
                 models, folder, scales, args.protocol, args.limit, args.save, True,
-                args.ensemble, extra, ranks,
+                args.ensemble, extra,
             )
             for folder in args.data
         ],
     }  # fmt: skip
-    if ranks.rank > 0:
+    if distributed.rank() > 0:
         return
     report["seconds"] = time.perf_counter() - start
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -819,7 +514,7 @@ def _shown(
         return None
     scale = max(scales)
     if args.figure_scale is not None:
-        (scale,) = _check_scales([args.figure_scale])
+        (scale,) = check_scales([args.figure_scale])
         if scale not in scales:
             listed = ", ".join(f"{s:g}" for s in scales)
             raise InputError(
@@ -882,24 +577,11 @@ def _checkpoints(paths: list[str] | None) -> dict[str, str | None]:
         return {"model": named[0]}
     parts = [(BUNDLED,) if p is None else Path(os.path.abspath(p)).parts[1:] for p in named]
     for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-max(count, _telling(part)) :]) for part in parts]
+        labels = ["/".join(part[-max(count, telling(part)) :]) for part in parts]
         if len(set(labels)) == len(labels):
             return dict(zip(labels, named, strict=True))
     twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
     raise InputError(f"--checkpoint names {twice} twice; name each model once")
-
-
-def called_after(path: str | os.PathLike | None) -> str:
-    """What a report calls a checkpoint: the end of its path, "run/best" for what a run wrote."""
-    if path is None:
-        return BUNDLED
-    parts = Path(os.path.abspath(path)).parts[1:]
-    return "/".join(parts[-_telling(parts) :])
-
-
-def _telling(parts: Sequence[str]) -> int:
-    """How many parts of a path, from its end, name a model: every run has a best."""
-    return 2 if re.fullmatch("best|model|step-.*", "".join(parts[-1:])) else 1
 
 
 def _box(text: str) -> reports.Box:

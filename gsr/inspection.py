@@ -30,8 +30,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gsr.describe import called_after, describe_model
 from gsr.errors import InputError
-from gsr.evaluation import called_after, check_finite, describe_model
+from gsr.evaluation import check_finite
 from gsr.infer import inference
 from gsr.models.bank import BankHead, assign
 from gsr.models.direct import DirectHead

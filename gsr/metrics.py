@@ -212,6 +212,15 @@ div2k = Protocol("div2k", "RGB", psnr, 6)
 PROTOCOLS = {protocol.name: protocol for protocol in (benchmark, div2k)}
 
 
+def as_protocol(protocol: str | Protocol) -> Protocol:
+    """The protocol of a name, or itself; InputError for an unknown name."""
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
 def _checked(sr: Tensor, hr: Tensor, shave: int, least: int = 1) -> tuple[Tensor, Tensor]:
     """Both pictures shaved, in float64, or InputError."""
     if sr.shape != hr.shape:

@@ -7,8 +7,8 @@ import pytest
 from bench import card
 from gsr import checkpoint
 from gsr.checkpoint import save_model
+from gsr.describe import describe_model
 from gsr.errors import InputError
-from gsr.evaluation import describe_model
 
 TEXT = "# Model\n<!-- figures -->\nold\n<!-- /figures -->\nthe end\n"
 

@@ -26,12 +26,12 @@ import pytest
 from PIL import Image
 
 from gsr import cli, datasets, download
+from gsr.benchmarks import open_set
 from gsr.config import DataConfig, load_config
 from gsr.data import PatchDataset, split_pictures, steps_per_epoch
 from gsr.datasets import Tiling, boxes, check, prepare, starts
 from gsr.download import Source, fetch, obtain, unpack
 from gsr.errors import InputError
-from gsr.evaluation import open_set
 from gsr.image import list_images, read_image, write_image
 from gsr.paths import alone
 

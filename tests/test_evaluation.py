@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gsr import evaluation
+from gsr import describe, distributed, evaluation
+from gsr.benchmarks import open_set, read_pair
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.errors import InputError
-from gsr.evaluation import Ranks, evaluate, main, open_set, read_pair, self_ensemble, table
+from gsr.evaluation import evaluate, main, self_ensemble, table
 from gsr.image import read_image, to_tensor, write_image
 from gsr.metrics import psnr, psnr_y, ssim
 from gsr.models import GaussianSR
@@ -510,7 +511,7 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
         (tmp_path / "mine", "mine"), ("a/bestial", "bestial"), ("a/b.pth", "b.pth"),
         (None, "bundled"), ("/", ""),
     ]:  # fmt: skip
-        assert evaluation.called_after(path) == name
+        assert describe.called_after(path) == name
 
 
 # ---- command line, with a real model ------------------------------------------------------------
@@ -576,11 +577,11 @@ def test_main(checkpoint, tmp_path, capsys):
 
 def test_the_hash_tells_weights_apart():
     model = tiny_model()
-    before = evaluation.describe_model(model, "a")
-    assert before == evaluation.describe_model(tiny_model(), "a")
+    before = describe.describe_model(model, "a")
+    assert before == describe.describe_model(tiny_model(), "a")
     with torch.no_grad():
         next(model.parameters())[0] += 1e-3
-    assert before["sha256"] != evaluation.describe_model(model, "a")["sha256"]
+    assert before["sha256"] != describe.describe_model(model, "a")["sha256"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -592,22 +593,22 @@ def test_commit(tmp_path, monkeypatch):
 
     package = tmp_path / "gsr"
     package.mkdir()
-    module = package / "evaluation.py"
+    module = package / "describe.py"
     module.write_text("1")
-    monkeypatch.setattr(evaluation, "__file__", str(module))
-    assert evaluation._commit() is None
+    monkeypatch.setattr(describe, "__file__", str(module))
+    assert describe._commit() is None
     git("init")
-    assert evaluation._commit() is None  # no commit yet
+    assert describe._commit() is None  # no commit yet
     git("add", ".")
     git("commit", "-m", "first")
     git("tag", "v1")
-    assert evaluation._commit() == git("rev-parse", "HEAD")
+    assert describe._commit() == git("rev-parse", "HEAD")
     module.write_text("2")
-    assert evaluation._commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert describe._commit() == git("rev-parse", "HEAD") + "-dirty"
     # A package installed below somebody's repository is not of its commit.
     (tmp_path / "lib/gsr").mkdir(parents=True)
-    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "lib/gsr/evaluation.py"))
-    assert evaluation._commit() is None
+    monkeypatch.setattr(describe, "__file__", str(tmp_path / "lib/gsr/describe.py"))
+    assert describe._commit() is None
 
 
 def test_the_report_is_written_without_being_asked_for(checkpoint, tmp_path, monkeypatch, capsys):
@@ -721,10 +722,14 @@ def test_script(checkpoint, tmp_path):
 # ---- several processes --------------------------------------------------------------------------
 
 
-def test_every_picture_belongs_to_one_process():
+def test_every_picture_belongs_to_one_process(monkeypatch):
     for count in (1, 2, 3, 8):
-        shares = [Ranks(rank, count).share(NAMES) for rank in range(count)]
-        assert sorted(sum(shares, [])) == NAMES
+        monkeypatch.setattr(distributed, "count", lambda: count)  # noqa: B023
+        shares = []
+        for rank in range(count):
+            monkeypatch.setattr(distributed, "rank", lambda: rank)  # noqa: B023
+            shares += distributed.share(NAMES)
+        assert sorted(shares) == NAMES
 
 
 def test_nothing_depends_on_who_measured_what():
@@ -752,6 +757,7 @@ def processes(count, folder, *arguments):
             env={
                 **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
             },
         )
         for rank in range(count)
@@ -788,8 +794,9 @@ def test_a_process_that_fails_tells_the_others(checkpoint, tmp_path):
     shutil.copytree(DATA, tmp_path / "copy")
     (tmp_path / "copy/HR/skyline.png").write_bytes(b"no picture")  # the second process's
     done = processes(2, tmp_path, *arguments(checkpoint, "--data", "copy", "--scale", "2"))
-    for _, stderr, code in done:
-        assert code == 2 and "skyline.png" in stderr and "Traceback" not in stderr
+    assert [code for *_, code in done] == [2, 2]
+    (told,) = [stderr for _, stderr, _ in done if "skyline.png" in stderr]
+    assert "Traceback" not in "".join(stderr for _, stderr, _ in done) and "gsr: error: " in told
     assert not (tmp_path / "evaluation.json").exists()
 
 
