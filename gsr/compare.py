@@ -325,7 +325,7 @@ def compare(
     Args:
         methods: from `read_methods`.
         folder: for the runs and the table; made if need be.
-        sets: data folders of `gsr.evaluation`.
+        sets: data folders of `gsr.benchmarks`.
         scales, protocol, limit: as `gsr.evaluation.evaluate` takes them.
         allow_differences: trainings may differ in more than the model.
         progress: bars on stderr.
@@ -594,32 +594,39 @@ def pyplot():
 
 
 def plot(report: dict[str, Any], plt) -> bytes:
-    """PSNR against scale, a panel a set, a line a method with its standard deviation: PNG."""
+    """PSNR above bicubic against scale, a panel a set, a line a method with its spread: PNG."""
     sets = list(dict.fromkeys(name for name, _ in _columns(report)))
+    bicubic, *methods = report["methods"]
+    below = {(c["set"], c["scale"]): c["psnr"]["mean"] for c in bicubic["sets"]}
     figure, panels = plt.subplots(
         1, len(sets), figsize=(1 + 4 * len(sets), 3.8), layout="constrained", squeeze=False
     )
     for axes, name in zip(panels[0], sets, strict=True):
-        for i, row in enumerate(report["methods"]):
-            cells = [c for c in row["sets"] if c["set"] == name and c["psnr"]["mean"] is not None]
-            cells.sort(key=lambda cell: cell["scale"])
-            style = {"color": f"C{i - 1}", "fmt": "o-"}
-            if row["name"] == "bicubic":
-                style = {"color": "0.5", "fmt": "o--"}
+        for row in methods:
             axes.errorbar(
-                [cell["scale"] for cell in cells], [cell["psnr"]["mean"] for cell in cells],
-                [cell["psnr"]["std"] or 0 for cell in cells],
-                ms=4, lw=1.2, capsize=3, label=row["name"], **style,
-            )  # fmt: skip
+                *gains(row, name, below), fmt="o-", ms=4, lw=1.2, capsize=3, label=row["name"]
+            )
         scales = sorted(scale for one, scale in _columns(report) if one == name)
         axes.set_xticks(scales, [f"x{scale:g}" for scale in scales])
-        axes.set(title=name, xlabel="scale", ylabel="PSNR, dB")
+        axes.set(title=name, xlabel="scale", ylabel="PSNR above bicubic, dB")
         axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     plt.close(figure)
     return buffer.getvalue()
+
+
+def gains(row: dict[str, Any], name: str, below: dict[tuple, float | None]) -> tuple[list, ...]:
+    """Scales, means of a method above those `below`, and standard deviations on a set."""
+    points = [
+        (c["scale"], c["psnr"]["mean"] - under, c["psnr"]["std"] or 0.0)
+        for c in row["sets"]
+        if c["set"] == name
+        and c["psnr"]["mean"] is not None
+        and (under := below[name, c["scale"]]) is not None
+    ]
+    return tuple(map(list, zip(*sorted(points), strict=True))) if points else ([], [], [])
 
 
 # ---- command line -------------------------------------------------------------------------------

@@ -558,6 +558,17 @@ def test_plot(done):
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gains_are_over_bicubic_scale_by_scale():
+    def cell(name, scale, mean, std=None):
+        return {"set": name, "scale": scale, "psnr": {"mean": mean, "std": std}}
+
+    row = {"sets": [cell("S", 4, 28.5, 0.25), cell("S", 2, 31), cell("T", 2, 9), cell("S", 3, None),
+                    cell("S", 6, 27)]}  # fmt: skip
+    below = {("S", 2): 30, ("S", 3): 29, ("S", 4): 28, ("S", 6): None, ("T", 2): 8}
+    assert compare.gains(row, "S", below) == ([2, 4], [1, 0.5], [0.0, 0.25])
+    assert compare.gains({"sets": []}, "S", below) == ([], [], [])
+
+
 def test_without_matplotlib_there_are_tables(done, tmp_path, monkeypatch, capsys):
     out, configs, _ = done
     (out / "comparison.png").unlink(missing_ok=True)
