@@ -65,7 +65,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     try:
         with open(RESULT, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
