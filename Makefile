@@ -25,7 +25,7 @@ demo: setup
 	    --compare out/demo_x3.7_compare.png
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

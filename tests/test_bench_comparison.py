@@ -27,7 +27,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_tables(files):
-    comparison.main()
+    comparison.main([])
     text = files[1].read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     for line in (
@@ -48,8 +48,8 @@ def test_unfinished(files):
     before = page.read_text()
     result.write_text(result.read_text().replace("b,2,2", "b,1,2"))
     with pytest.raises(InputError, match="some runs are not finished"):
-        comparison.main()
+        comparison.main([])
     result.unlink()
     with pytest.raises(InputError, match="must be what gsr compare wrote"):
-        comparison.main()
+        comparison.main([])
     assert page.read_text() == before
