@@ -98,6 +98,21 @@ def open_set(
     return DataSet(name, pictures[:limit], (hr_folder.resolve(), lr_folder.resolve()))
 
 
+def open_sets(
+    option: str,
+    folders: Sequence[str | os.PathLike],
+    scales: Sequence[float],
+    limit: int | None = None,
+) -> list[DataSet]:
+    """`open_set` for each of the folders that an option names, which must be called differently."""
+    sets = [open_set(folder, scales, limit) for folder in folders]
+    names = [data.name for data in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two data folders (--{option}) are called {name}; rename one of them")
+    return sets
+
+
 def check_spared(option: str, path: Path, sets: Sequence[DataSet]) -> None:
     """Raise InputError if a file to be written would replace a picture of a set, or become one."""
     exists, above = usable(path).exists(), (path.parent.resolve() / path.name).parents

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from gsr import distributed
-from gsr.benchmarks import DataSet, check_sizes, open_set
+from gsr.benchmarks import DataSet, check_sizes, open_sets
 from gsr.checkpoint import load_model
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
 from gsr.data import split_pictures
@@ -348,13 +348,8 @@ def compare(
             f"the trainings differ in {', '.join(different)}: give these keys one value, or allow "
             "it with --allow-differences"
         )
-    opened = [open_set(one, scales, limit) for one in sets]
-    names = [data.name for data in opened]
+    opened = open_sets("eval", sets, scales, limit)
     for data in opened:
-        if names.count(data.name) > 1:
-            raise InputError(
-                f"two data folders (--eval) are called {data.name}; rename one of them"
-            )
         check_sizes(data, scales, protocol)
     # Seed by seed, so that what there is after an interruption can be compared.
     order = [(m.name, seed, m.run(Path(folder), seed)) for seed in range(seeds) for m in methods]

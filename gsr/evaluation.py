@@ -35,6 +35,7 @@ from gsr.benchmarks import (
     check_spared,
     named_picture,
     open_set,
+    open_sets,
     read_pair,
 )
 from gsr.describe import BUNDLED, called_after, describe_model, describe_run, telling
@@ -442,11 +443,7 @@ def _main(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     # All that can be wrong with paths and sizes is found before anything slow begins.
     scales = check_scales(args.scale)
-    sets = [open_set(folder, scales, args.limit) for folder in args.data]
-    names = [data.name for data in sets]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two data folders (--data) are called {name}; rename one of them")
+    sets = open_sets("data", args.data, scales, args.limit)
     least = VGG16_LEAST if args.perceptual else SSIM_WINDOW
     for data in sets:
         check_sizes(data, scales, args.protocol, least)
