@@ -581,17 +581,6 @@ def _checkpoints(paths: list[str] | None) -> dict[str, str | None]:
     raise InputError(f"--checkpoint names {twice} twice; name each model once")
 
 
-def _box(text: str) -> reports.Box:
-    """ "120,80,64,48" (left, top, width, height) as four whole numbers."""
-    try:
-        x, y, w, h = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not left,top,width,height in pixels, such as 120,80,64,48"
-        ) from None
-    return x, y, w, h
-
-
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     """The options that say how sets are measured: --scale, --protocol and --limit."""
     parser.add_argument(
@@ -665,7 +654,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--box",
-        type=_box,
+        type=reports.parse_box,
         metavar="X,Y,W,H",
         help="crop of the figure in HR pixels (default: where the methods differ most)",
     )

@@ -39,6 +39,7 @@ from gsr.models.direct import DirectHead
 from gsr.models.official import OfficialHead, whole_windows, window_kernels, window_side
 from gsr.ops import splat
 from gsr.reference import grid_points
+from gsr.report import parse_box
 from gsr.stream import Band, Chain, Layer, Residual, join
 
 if TYPE_CHECKING:
@@ -699,13 +700,8 @@ def middle(size: tuple[int, int], side: int = CROP) -> Box:
 
 
 def parse_crop(text: str) -> Box:
-    """ "x,y,w,h" in LR pixels, from the top left corner; ArgumentTypeError for anything else."""
-    try:
-        x, y, w, h = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not x,y,width,height in pixels of the photo, such as 40,20,48,48"
-        ) from None
+    """`parse_box` in LR pixels."""
+    x, y, w, h = parse_box(text)
     return Box(y, x, y + h, x + w)
 
 

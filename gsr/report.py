@@ -7,6 +7,7 @@ arrange: no number is computed here but where methods differ most.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -240,6 +241,17 @@ TEXT, BAND, GAP = 14, 22, 8  # pixels: letters, the line they stand in, between 
 COLOUR = "#e41a1c"
 
 Box = tuple[int, int, int, int]  # left, top, width, height in HR pixels
+
+
+def parse_box(text: str) -> Box:
+    """ "120,80,64,48" as four whole numbers; ArgumentTypeError for anything else."""
+    try:
+        x, y, w, h = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not left,top,width,height in pixels, such as 120,80,64,48"
+        ) from None
+    return x, y, w, h
 
 
 def telling_picture(report: Mapping[str, Any], scale: float) -> tuple[str, str]:

@@ -483,7 +483,7 @@ def test_the_photo_is_not_overwritten(here, capsys):
     assert "would overwrite the photo" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["inspect", "out/opacity.png", "-o", "x", "--crop", "1,2,3"])
-    assert "is not x,y,width,height" in capsys.readouterr().err
+    assert "is not left,top,width,height" in capsys.readouterr().err
 
 
 def test_official_needs_a_scale_that_fits(here, capsys):
