@@ -35,6 +35,9 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     raises. InputError prints its sentence and exits with 2, Ctrl-C with 130; any other exception
     is a bug and keeps its traceback. Returns if main returns.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
     except InputError as error:

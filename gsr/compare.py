@@ -43,9 +43,9 @@ from gsr.evaluation import SCALES, add_protocol, describe_protocol, enlarge_bicu
 from gsr.image import write_atomic
 from gsr.infer import run
 from gsr.models import GaussianSR
-from gsr.paths import make_folder, usable
-from gsr.report import MADE
-from gsr.training import MAY_CHANGE, Trainer, begun_with, different_keys
+from gsr.paths import as_json, as_text, make_folder, usable
+from gsr.report import MADE, table_row
+from gsr.training import MAY_CHANGE, Trainer, begun_with, different_keys, flat
 
 COUNTED = (48, 4)  # side of the LR picture, and scale, at which multiply-adds are counted
 TIMED = (128, 4)  # and at which enlarging is timed
@@ -104,6 +104,11 @@ def read_methods(
             pictures = replace(pictures, val=str(val))
         methods.append(Method(str(file), check(replace(c, train=train, data=pictures))))
     for i, method in enumerate(methods):
+        if method.name == "bicubic":
+            raise InputError(
+                f"{method.file} has the name bicubic, which is the plain enlargement's in the "
+                "table: change the key name"
+            )
         for other in methods[:i]:
             if other.name == method.name:
                 raise InputError(
@@ -128,23 +133,14 @@ def differences(methods: Sequence[Method]) -> list[str]:
 
 def _decisive(config: Config) -> dict[str, Any]:
     """What decides a training and its time besides model and seed, as {"train.lr": 1e-4, ...}."""
-    flat = _flat(to_dict(config))
     unused = {"train.epochs"} if config.train.steps else set()
     if config.train.schedule == "cosine":
         unused |= {"train.step_epochs", "train.gamma"}
     return {
         key: None if key in unused else value
-        for key, value in flat.items()
+        for key, value in flat(to_dict(config)).items()
         if key not in (FREE - TIMES) | OWN and not key.startswith("model.")
     }
-
-
-def _flat(section: dict, where: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in section.items():
-        full = f"{where}.{key}" if where else key
-        flat.update(_flat(value, full) if isinstance(value, dict) else {full: value})
-    return flat
 
 
 # ---- what a model costs -------------------------------------------------------------------------
@@ -231,7 +227,8 @@ def fingerprint(data: DataSet) -> str:
     for picture in data.pictures:
         for scale, path in {0: picture.hr, **picture.lr}.items():
             content = path.read_bytes()
-            digest.update(f"{picture.name} x{scale:g} {len(content)} ".encode() + content)
+            digest.update(os.fsencode(picture.name) + f" x{scale:g} {len(content)} ".encode())
+            digest.update(content)
     return digest.hexdigest()
 
 
@@ -247,7 +244,7 @@ def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dic
         InputError: whatever `Trainer` and `evaluate` raise.
     """
     folder = Path(config.output) / config.name
-    decided = {k: v for k, v in _flat(to_dict(config)).items() if k not in FREE}
+    decided = {k: v for k, v in flat(to_dict(config)).items() if k not in FREE}
     known = {"config": decided, "asked": asked}
     result = _read(folder / RESULT)
     if all(result.get(key) == value for key, value in known.items()):
@@ -274,7 +271,7 @@ def finish(config: Config, asked: dict[str, Any], progress: bool = False) -> dic
             for one in asked["sets"]
         ],
     }
-    write_atomic(folder / RESULT, _json(result))
+    write_atomic(folder / RESULT, as_json(result))
     return result
 
 
@@ -300,10 +297,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 # ---- all runs -----------------------------------------------------------------------------------
@@ -474,9 +467,9 @@ def _summary(values: list[float | None]) -> dict[str, Any]:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """comparison.json, .md, .csv and, where matplotlib is installed, .png."""
-    write_atomic(folder / RESULT, _json(report))
-    write_atomic(folder / "comparison.md", markdown(report).encode())
-    write_atomic(folder / "comparison.csv", table_csv(report).encode())
+    write_atomic(folder / RESULT, as_json(report))
+    write_atomic(folder / "comparison.md", as_text(markdown(report)))
+    write_atomic(folder / "comparison.csv", as_text(table_csv(report)))
     if (plt := pyplot()) is not None and any(row["sets"] for row in report["methods"]):
         write_atomic(folder / "comparison.png", plot(report, plt))
 
@@ -497,7 +490,7 @@ def markdown(report: dict[str, Any]) -> str:
             "training", "upscaling"]  # fmt: skip
     timed = [(row, key) for row in report["methods"] for key in ("training", "upscaling")]
     where = {row[f"{key}_on"] for row, key in timed if row.get(f"{key}_on")}
-    lines = ["# Comparison", "", _line(head), "|" + "---|" * len(head)]
+    lines = ["# Comparison", "", table_row(*head), "|" + "---|" * len(head)]
     for row in report["methods"]:
         cells = {(cell["set"], cell["scale"]): cell["psnr"] for cell in row["sets"]}
         seeds = f"{row['finished']} of {row['seeds']}" if "seeds" in row else ""
@@ -509,7 +502,7 @@ def markdown(report: dict[str, Any]) -> str:
             for key in ("training", "upscaling")
         ]
         figures = [_cell(cells.get(column)) for column in columns]
-        lines.append(_line([row["name"], seeds, *figures, *numbers, *times]))
+        lines.append(table_row(row["name"], seeds, *figures, *numbers, *times))
     protocol = report["protocol"]
     lines += [
         "",
@@ -529,10 +522,6 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "Failed:", ""]
         lines += [f"* {entry['folder']}: {entry['error']}" for entry in failed]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _cell(psnr: dict[str, Any] | None) -> str:
@@ -687,10 +676,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.allow_differences, progress=True,
     )  # fmt: skip
     table = Path(args.output) / "comparison.md"
-    print(f"{markdown(report)}\ntable: {table}")
+    text = markdown(report)
+    print(text)
+    if table.exists() and table.read_bytes() == as_text(text):  # else one of more runs stands
+        print(f"table: {table}")
     failed = [entry["folder"] for entry in report["runs"] if "error" in entry]
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(report['runs'])} runs failed ({', '.join(failed)}): {table} "
-            "says why; mend it and run the same command again"
+            f"{len(failed)} of {len(report['runs'])} runs failed ({', '.join(failed)}): the "
+            "table above says why; mend it and run the same command again"
         )

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from gsr.download import Source, check_address, describe_bytes, obtain
 from gsr.errors import InputError
-from gsr.paths import make_folder, usable
+from gsr.paths import alone, as_json, make_folder, usable
 
 EPILOG = """\
 examples:
@@ -53,8 +53,7 @@ is skipped. An archive that was brought into the folder by hand is verified and 
 that was fetched, and stays.
 
 DIV2K's sizes and SHA-256 are those that TensorFlow Datasets publishes, the MD5 of Flickr2K and
-benchmark those of torchSR. For an archive without any, the SHA-256 of what came is written to
-ARCHIVE.sha256 and compared on later runs.
+benchmark those of torchSR.
 
 The pictures belong to their owners. DIV2K's page allows academic research only; Flickr2K comes
 without terms.
@@ -77,7 +76,7 @@ _EDSR = "https://cv.snu.ac.kr/research/EDSR"
 def _div2k(folder: str, pictures: int, size: int, sha256: str) -> Source:
     file = folder.replace("/", "_") + ".zip"
     return Source(
-        file, f"{_DIV2K}/{file}", f"DIV2K/{folder}", {"": pictures}, size, f"sha256:{sha256}"
+        file, f"{_DIV2K}/{file}", f"DIV2K/{folder}", {"": pictures}, f"sha256:{sha256}", size
     )
 
 
@@ -277,10 +276,9 @@ def prepare(
 
     Raises:
         InputError: no picture that can be used, two of one name, `output` in `source` or the other
-            way round, or an `output` with other pictures, settings or contents than this run's.
+            way round, an `output` with other pictures, settings or contents than this run's, or
+            another run at work there.
     """
-    from gsr.image import remove_left_over, write_atomic
-
     tiling = tiling or Tiling()
     source, output = usable(source), usable(output)
     a, b = source.resolve(), output.resolve()
@@ -288,6 +286,17 @@ def prepare(
         raise InputError(
             f"{output} and {source} must not lie in one another; choose another output folder"
         )
+    make_folder(output)
+    with alone(output, f"another gsr data prepare is at work in {output}; wait until it has ended"):
+        return _prepare(source, output, tiling, workers, progress)
+
+
+def _prepare(
+    source: Path, output: Path, tiling: Tiling, workers: int, progress: bool
+) -> dict[str, Any]:
+    """`prepare` in a folder that no other run works in."""
+    from gsr.image import remove_left_over, write_atomic
+
     report_file = output / PLAN
     old = _read_plan(report_file, tiling)
     report = check(source, tiling, workers, progress, first=old)
@@ -303,7 +312,6 @@ def prepare(
     tiles = _name_tiles(pictures, output, tiling)
     _check_foreign(output, {target for targets in tiles.values() for target in targets})
 
-    make_folder(output)
     folders = {target.parent for targets in tiles.values() for target in targets}
     for folder in sorted(folders | {output}):
         make_folder(folder)
@@ -311,7 +319,7 @@ def prepare(
     for name in old:
         pictures[name]["tiles"] = old[name]["tiles"]
     report = {"settings": asdict(tiling), "complete": False, **report}
-    write_atomic(report_file, _json(report))
+    write_atomic(report_file, as_json(report))
     items = [
         (
             str(source / name),
@@ -341,7 +349,7 @@ def prepare(
         "sizes": dict(sorted(sizes.items())),
     }
     report["complete"] = True
-    write_atomic(report_file, _json(report))
+    write_atomic(report_file, as_json(report))
     return report
 
 
@@ -506,8 +514,6 @@ def _check_foreign(output: Path, tiles: set[Path]) -> None:
     """A training would take every picture below `output`, so there must be no other."""
     from gsr.image import READ_SUFFIXES
 
-    if not output.is_dir():
-        return
     for path in output.rglob("*"):
         name = path.relative_to(output)
         hidden = any(part.startswith(".") for part in name.parts)  # to a training as well
@@ -527,12 +533,6 @@ def _spread(values: Iterable[int]) -> dict[str, float] | None:
 
 def _first_reason(report: dict[str, Any]) -> str:
     return f": {report['refused'][0]['reason']}" if report["refused"] else ""
-
-
-def _json(report: dict[str, Any]) -> bytes:
-    # A file name that is no UTF-8 becomes an escape that JSON reads back.
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")
 
 
 def _each(
@@ -671,14 +671,8 @@ def _download_command(args: argparse.Namespace) -> None:
         checksum=not args.no_checksum,
         keep=args.keep,
         progress=not args.quiet,
-        say=(lambda text: None) if args.quiet else _print,
+        say=(lambda text: None) if args.quiet else print,
     )
-
-
-def _print(text: str) -> None:
-    """`print`, with escapes for what the terminal has not, such as names that are no UTF-8."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
@@ -703,9 +697,9 @@ def _prepare_command(args: argparse.Namespace) -> None:
     else:
         report = prepare(args.source, args.output, tiling, workers, progress=not args.quiet)
     if args.report is not None:
-        write_atomic(args.report, _json(report))
+        write_atomic(args.report, as_json(report))
     if not args.quiet:
-        _print(describe(report))
+        print(describe(report))
     if args.check and report["refused"]:
         raise InputError(
             f"{report['counts']['refused']} of the {report['counts']['found']} pictures in "

@@ -59,8 +59,8 @@ class Source:
     url: str
     folder: str  # what it becomes, below the output folder
     pictures: dict[str, int]  # how many lie in which subfolder ("" is the folder itself)
+    checksum: str  # of the archive, as published: "sha256:HEX" or "md5:HEX"
     size: int | None = None  # bytes of the archive, where published
-    checksum: str | None = None  # "sha256:HEX" or "md5:HEX", where published
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ def obtain(
 
     Args:
         url: address of the file on a mirror; None: the source's own.
-        checksum: False takes a file that is not the published or the recorded one.
+        checksum: False takes a file that is not the published one.
         keep: leave the archive there after unpacking; one that was not fetched always stays.
         progress: show bars on stderr.
 
@@ -103,23 +103,21 @@ def obtain(
         part = archive.with_name(f"{archive.name}.part")
         if archive.is_dir():
             raise InputError(f"{archive} is a folder, and no archive: move it away and run again")
-        if archive.exists():
-            verify(archive, source, checksum, progress)
-        else:
+        by_hand = archive.exists()
+        packed = archive if by_hand else part
+        if not by_hand:
             fetch(url or source.url, part, source.size if checksum else None, progress)
-            verify(part, source, checksum, progress)
-            os.replace(part, archive)
-        # The note alone tells an archive that was fetched from one that its owner put there.
-        fetched = _note(part).exists() and not part.exists()
+        if checksum:
+            verify(packed, source, progress)
         temporary = folder.with_name(f".{folder.name}.gsr-tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         try:
-            unpack(archive, temporary / "archive", progress=progress)
-            _settle(temporary / "archive", folder, source)
+            unpack(packed, temporary / "archive", progress=progress)
+            _settle(temporary / "archive", folder, source, packed)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        if fetched and not keep:
-            archive.unlink()
+        if keep and not by_hand:
+            os.replace(part, archive)
         for path in (part, _note(part)):
             path.unlink(missing_ok=True)
     return True
@@ -212,7 +210,7 @@ def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
     note = _read_note(part)
     have = _length(part) if note.get("url") == url else 0
     if have and note["size"] == have:
-        return  # a run was killed between the last byte and the new name
+        return  # an earlier run got all of it
     headers = {"User-Agent": f"gsr/{__version__}", "Accept-Encoding": "identity"}
     # A weak ETag promises no equal bytes. Without any promise nothing can be continued.
     strong = note.get("etag") if not str(note.get("etag")).startswith("W/") else None
@@ -245,7 +243,7 @@ def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
         bar.total, bar.n = most, have
         bar.refresh()
         with _writing(part), open(part, "ab" if have else "wb") as file:
-            if not have:  # after the old bytes are gone, or a kill would give them a new name
+            if not have:  # after the old bytes are gone, or a kill would leave them with this note
                 write_atomic(_note(part), json.dumps(told).encode())
             while True:
                 with _reading():
@@ -361,50 +359,19 @@ def _bar(name: str, progress: bool, total: int | None = None) -> Any:
 # ---- checksums ----------------------------------------------------------------------------------
 
 
-def verify(path: Path, source: Source, checksum: bool = True, progress: bool = False) -> None:
-    """Compare a file with the published checksum; where there is none, with the recorded one.
-
-    The SHA-256 of what came is recorded in NAME.sha256 beside the archive, as sha256sum writes it.
-    Without a published checksum this finds that a later download differs from the first, and
-    cannot tell whether the first was the right one.
-
-    Raises:
-        InputError: they differ, and `checksum` is true; or there is nothing to compare with, and
-            this is no archive that `unpack` would take.
-    """
-    from gsr.image import write_atomic
-
-    kind, _, published = (source.checksum or "").partition(":")
-    digests = _digests(path, {"sha256", kind} - {""}, progress)
-    record = path.with_name(f"{source.file}.sha256")
-    if checksum and published and digests[kind] != published:
-        raise InputError(
-            f"{path} has the {kind} {digests[kind]} and not the published {published}: remove it "
-            "to fetch it anew, or take it as it is by --no-checksum"
-        )
-    known = published or record.is_file()
-    if not (checksum and known):  # a page that asks to log in must not be what came the first time
-        with _judged(path, path.parent), contextlib.ExitStack() as stack:
-            for _ in _members(path, path.parent, stack):
-                pass
-    if checksum and not published and known:
-        recorded = record.read_text(encoding="utf-8", errors="replace").split(" ")[0]
-        if recorded != digests["sha256"]:
-            raise InputError(
-                f"{path} is not what came the first time (SHA-256 in {record}): remove it to "
-                "fetch it anew, or take it as it is by --no-checksum"
-            )
-    write_atomic(record, f"{digests['sha256']}  {source.file}\n".encode())
-
-
-def _digests(path: Path, kinds: set[str], progress: bool) -> dict[str, str]:
-    digests = {kind: hashlib.new(kind, usedforsecurity=kind == "sha256") for kind in kinds}
+def verify(path: Path, source: Source, progress: bool = False) -> None:
+    """Raise InputError unless a file has the published checksum."""
+    kind, _, published = source.checksum.partition(":")
+    digest = hashlib.new(kind, usedforsecurity=kind == "sha256")
     with open(path, "rb") as file, _bar("checksum", progress, _length(path)) as bar:
         while block := file.read(1 << 20):
-            for digest in digests.values():
-                digest.update(block)
+            digest.update(block)
             bar.update(len(block))
-    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+    if digest.hexdigest() != published:
+        raise InputError(
+            f"{path} has the {kind} {digest.hexdigest()} and not the published {published}: remove "
+            "it to fetch it anew, or take it as it is by --no-checksum"
+        )
 
 
 # ---- unpacking ----------------------------------------------------------------------------------
@@ -564,7 +531,7 @@ def _write(member: _Member, folder: Path, bar: Any) -> None:
         raise EOFError(f"{member.path} ends {left:,} bytes early")
 
 
-def _settle(top: Path, folder: Path, source: Source) -> None:
+def _settle(top: Path, folder: Path, source: Source, archive: Path) -> None:
     """Give what was unpacked into `top` its final name, without folders that merely wrap it."""
     unpacked = top
     while lacking := _lacking(top, source):
@@ -581,7 +548,7 @@ def _settle(top: Path, folder: Path, source: Source) -> None:
         top, lacking = whole, ""
     if lacking:
         raise InputError(
-            f"{source.file} unpacks to {lacking}, so it is not the archive that it should be; "
+            f"{archive} unpacks to {lacking}, so it is not the archive that it should be; "
             "remove it and run again, or name a mirror by --url"
         )
     os.rename(top, folder)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import time
@@ -62,7 +61,7 @@ from gsr.metrics import (
     psnr_y,
     ssim,
 )
-from gsr.paths import make_folder, usable
+from gsr.paths import as_json, as_text, make_folder, usable
 from gsr.resize import imresize
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def evaluate(
 
     Args:
         model: works on its own device; several by label; None measures bicubic only.
-        folder: a data folder, see the module's text.
+        folder: a data folder, see `gsr.benchmarks`.
         scales: each from 1 to 1000.
         protocol: "benchmark" (luma PSNR) or "div2k" (RGB PSNR), see `gsr.metrics`.
         limit: only the first so many pictures, by name.
@@ -478,12 +477,12 @@ def _main(args: argparse.Namespace) -> None:
     if distributed.rank() > 0:
         return
     report["seconds"] = time.perf_counter() - start
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(files["output"], text.encode())
+    print(f"{table(report)}\n", flush=True)  # first: no file that fails takes it along
+    write_atomic(files["output"], as_json(report))
     if "csv" in files:
-        write_atomic(files["csv"], reports.csv_text(report).encode())
+        write_atomic(files["csv"], as_text(reports.csv_text(report)))
     if "markdown" in files:
-        write_atomic(files["markdown"], reports.markdown(report).encode())
+        write_atomic(files["markdown"], as_text(reports.markdown(report)))
     if shown is not None:
         scale, name = shown
         where, picture = _find(sets, name or "/".join(reports.telling_picture(report, scale)))
@@ -491,7 +490,7 @@ def _main(args: argparse.Namespace) -> None:
         named = {called[label]: model for label, model in models.items()}
         drawn = crops(named, picture, scale, args.protocol, args.box, args.ensemble, title)
         save_image(files["figure"], drawn)
-    print(f"{table(report)}\n\nreport: {files.pop('output')}")
+    print(f"report: {files.pop('output')}")
     for option, path in files.items():
         print(f"{option}: {path}")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import colorsys
 import itertools
-import json
 import math
 import os
 import sys
@@ -40,7 +39,7 @@ from gsr.models.official import OfficialHead, whole_windows, window_kernels, win
 from gsr.ops import splat
 from gsr.reference import grid_points
 from gsr.report import parse_box
-from gsr.stream import Band, Chain, Layer, Residual, join
+from gsr.stream import Band, join
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -190,17 +189,14 @@ def _bands(model: GaussianSR, picture: np.ndarray) -> Iterator[Band]:
     step = max(1, BAND_PIXELS // width)
 
     def source(first: int, end: int) -> Tensor:
-        rows = torch.tensor(picture[first:end], device=device)
+        rows = torch.tensor(np.ascontiguousarray(picture[first:end]), device=device)
         return rows.permute(2, 0, 1)[None].contiguous().float() / 255
 
     if step >= height:
         lr = source(0, height)
         yield Band(0, fields(encoder(lr), lr))
         return
-    # As GaussianSR.stream, with the Gaussians themselves at its end.
-    inner = encoder.stream() if hasattr(encoder, "stream") else Layer(encoder, encoder.halo)
-    both = Residual(inner, lambda lr, features: (*features, *lr))
-    stream = Chain(both, Layer(fields, model.head.halo))
+    stream = model.stream(fields)
     for first in range(0, height, step):
         end = min(first + step, height)
         band = stream.feed(Band(first, (source(first, end),)), end == height)
@@ -555,7 +551,7 @@ def draw_bank(model: GaussianSR, shares: np.ndarray) -> np.ndarray:
         draw.rectangle((x, y, end, y + cell + 2 * frame - 1), tuple(colours[n].tolist()))
         grey = np.rint(255 * kernel.clip(0, 1)).astype(np.uint8)
         sheet.paste(Image.fromarray(grey), (x + frame, y + frame))
-        label = f"{100 * shares[n]:.2g}" if shares[n] else "-"
+        label = f"{100 * shares[n]:.3g}" if shares[n] else "-"
         draw.text(((x + end) / 2, y + cell + 2 * frame), label, "black", font, anchor="ma")
     return np.asarray(sheet)
 
@@ -758,7 +754,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gsr.device import pick_device, set_threads
     from gsr.image import read_image, write_atomic, write_image
     from gsr.models import check_scale
-    from gsr.paths import make_folder, usable
+    from gsr.paths import as_json, check_takes_files, make_folder, usable
 
     # All that can be wrong with the arguments is found before the model is loaded.
     set_threads(args.threads)
@@ -774,6 +770,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in NAMES:
         if (folder / name).exists() and os.path.samefile(folder / name, args.photo):
             raise InputError(f"{folder / name} would overwrite the photo; choose another folder")
+    check_takes_files(next(p for p in (folder, *folder.parents) if p.exists()))
     model = load(args.model).to(device)
     pictures, report = inspect(
         model, picture, box, args.zoom, args.scale, not args.quiet and sys.stderr.isatty()
@@ -784,8 +781,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = describe_model(model, called_after(args.model))
     report["photo"]["name"] = Path(args.photo).name
     report = {"model": about, **report}
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(folder / "inspection.json", text.encode())
+    write_atomic(folder / "inspection.json", as_json(report))
     if not args.quiet:
         for name, caption in report["pictures"].items():
             print(f"{folder / name}: {caption}")

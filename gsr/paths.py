@@ -1,12 +1,14 @@
-"""Paths that users name, checked before anything is done with them."""
+"""Paths that users name, checked before anything is done with them, and texts that hold them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gsr.errors import InputError
 
@@ -50,6 +52,16 @@ def check_takes_files(folder: Path) -> None:
         raise InputError(
             f"the folder {folder} may not be written to ({error.strerror}); choose another"
         ) from None
+
+
+def as_text(text: str) -> bytes:
+    """UTF-8. What is none in it, which names of files can be, is spelled as an escape."""
+    return text.encode(errors="backslashreplace")
+
+
+def as_json(report: Any, indent: int = 2) -> bytes:
+    """A JSON file, as `as_text`; a reader gets the names back that are no UTF-8."""
+    return as_text(json.dumps(report, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 _held: list[int] = []  # handles of the folders that are held

@@ -178,24 +178,25 @@ def markdown(report: Mapping[str, Any]) -> str:
         scales = data["scales"]
         count = f"{data['pictures']} picture{'s' if data['pictures'] > 1 else ''}"
         head = f"{data['name']}, {count}: {names}"
-        lines = [_line(head, "figures", *map(column, scales))]
+        lines = [table_row(head, "figures", *map(column, scales))]
         lines.append("|---" * (2 + len(scales)) + "|")
         for method in scales[0]["methods"]:
             label = f"**{called[method]}**" if method in called else method
             cells = [cell(row["methods"][method], metrics) for row in scales]
-            lines.append(_line(label, "measured", *cells))
+            lines.append(table_row(label, "measured", *cells))
         for label, known in published(data, protocol["name"]):
             quoted = True
             cells = [
                 f"{known[row['scale']]:.2f}" if row["scale"] in known else "" for row in scales
             ]
-            lines.append(_line(label, "published", *cells))
+            lines.append(table_row(label, "published", *cells))
         blocks.append("\n".join(lines))
     blocks.append(_legend(report, quoted))
     return "\n\n".join(blocks) + "\n"
 
 
-def _line(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
 
 

@@ -31,6 +31,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,17 +161,17 @@ def begun_with(folder: Path) -> Config:
 
 def different_keys(a: Config | ModelConfig, b: Config | ModelConfig) -> list[str]:
     """Full names of the keys in which two configs differ."""
-    before, now = (_flat(to_dict(c)) for c in (a, b))
+    before, now = (flat(to_dict(c)) for c in (a, b))
     return [key for key in now if now[key] != before[key]]
 
 
-def _flat(section: dict, where: str = "") -> dict:
+def flat(section: dict, where: str = "") -> dict[str, Any]:
     """{"train.lr": 1e-4, ...} of nested sections."""
-    flat = {}
+    keys = {}
     for key, value in section.items():
         full = f"{where}.{key}" if where else key
-        flat.update(_flat(value, full) if isinstance(value, dict) else {full: value})
-    return flat
+        keys.update(flat(value, full) if isinstance(value, dict) else {full: value})
+    return keys
 
 
 class Loss(nn.Module):

@@ -225,6 +225,20 @@ def test_guard(capsys):
     assert cli.guard(lambda argv: None) is None
 
 
+def test_names_that_are_no_utf8(here):
+    """As a process: in this one, stdout is pytest's."""
+    name = os.fsdecode(b"B\xe4ume.png")
+    os.rename("photo.png", name)
+    argv = ["upscale", name, "-o", "out/", "--scale", "2", "--model", "model"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gsr", *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"B\\udce4ume" in done.stdout and os.listdir(b"out") == [b"B\xe4ume.png"]
+
+
 @pytest.mark.parametrize("name, module", [("train", "training"), ("evaluate", "evaluation")])
 def test_other_commands_get_their_arguments(monkeypatch, name, module):
     seen = []

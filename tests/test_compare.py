@@ -259,7 +259,7 @@ def files_of(folder):
     return {p.name: p.read_bytes() for p in folder.glob("comparison.*")}
 
 
-def test_a_table_is_not_replaced_by_a_poorer_one(done, tmp_path, monkeypatch):
+def test_a_table_is_not_replaced_by_a_poorer_one(done, tmp_path, monkeypatch, capsys):
     out, configs, _ = done
     shutil.copytree(out, tmp_path / "out")
     out, whole = tmp_path / "out", files_of(tmp_path / "out")
@@ -304,6 +304,14 @@ def test_a_table_is_not_replaced_by_a_poorer_one(done, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "evaluate", unreadable)
     compared([c, *configs], out, scales=[4])
     assert written == [] and files_of(out) == before
+    argv = ["compare", "--configs", *map(str, configs), "--eval", str(EVAL), "--scale", "4"]
+    argv += ["--seeds", "2", "--limit", "1", "-o", str(out)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    printed, err = capsys.readouterr()
+    assert "* a-seed0: no" in printed and "table:" not in printed
+    assert "runs failed" in err and "the table above says why" in err and files_of(out) == before
 
 
 def test_other_pictures_are_measured_again_but_not_trained_for(done, tmp_path, monkeypatch):
@@ -393,6 +401,8 @@ def test_refusals(tmp_path):
     ]:
         with pytest.raises(InputError, match=sentence):
             compared(configs, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="c.yaml has the name bicubic"):
+        compared([*configs, write_config(tmp_path / "c.yaml", "bicubic")], tmp_path / "out")
     with pytest.raises(InputError, match="both have the name a"):
         compare.read_methods([configs[0], configs[0]])
     with pytest.raises(InputError, match="no such folder"):

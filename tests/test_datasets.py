@@ -546,12 +546,15 @@ def test_disk_too_small_for_what_is_in_it(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+PAGE = b"<!DOCTYPE html><html>please log in</html>" * 30
+
+
 def damaged():
     whole = make_zip({"a.png": noise(5000)})
     yield "cut zip", whole[:3000]
     yield "zip with a changed byte", whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:]
     yield "cut tar", make_tar({"a.png": noise(50_000)})[:20_000]
-    yield "web page", b"<!DOCTYPE html><html>please log in</html>" * 30
+    yield "web page", PAGE
     yield "empty", b""
 
 
@@ -592,17 +595,14 @@ def valid(server):
     data = make_zip(VALID)
     server.files["/v.zip"] = data
     return Source(
-        "DIV2K_valid_HR.zip", f"{server.url}/v.zip", "DIV2K/DIV2K_valid_HR", {"": 3}, len(data),
-        checksum(data),
+        "DIV2K_valid_HR.zip", f"{server.url}/v.zip", "DIV2K/DIV2K_valid_HR", {"": 3},
+        checksum(data), len(data),
     )  # fmt: skip
 
 
 def test_obtain(server, valid, tmp_path):
     assert obtain(valid, tmp_path / "data")
-    found = contents(tmp_path / "data")
-    digest = valid.checksum.removeprefix("sha256:")
-    assert found.pop("DIV2K_valid_HR.zip.sha256").decode() == f"{digest}  DIV2K_valid_HR.zip\n"
-    assert found == {f"DIV2K/{name}": data for name, data in VALID.items()}
+    assert contents(tmp_path / "data") == {f"DIV2K/{name}": data for name, data in VALID.items()}
     assert len(open_set(tmp_path / "data" / valid.folder, [2]).pictures) == 3
     assert not obtain(valid, tmp_path / "data") and len(server.asked) == 1
 
@@ -614,11 +614,13 @@ def test_a_folder_that_is_not_complete(valid, tmp_path):
         obtain(valid, tmp_path)
 
 
-def test_keep(valid, tmp_path):
+def test_keep(server, valid, tmp_path):
     obtain(valid, tmp_path, keep=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "DIV2K", "DIV2K_valid_HR.zip", "DIV2K_valid_HR.zip.sha256",
-    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["DIV2K", "DIV2K_valid_HR.zip"]
+    assert (tmp_path / valid.file).read_bytes() == server.files["/v.zip"]
+    shutil.rmtree(tmp_path / valid.folder)
+    obtain(valid, tmp_path)  # from what was kept, which stays
+    assert len(server.asked) == 1 and (tmp_path / valid.file).exists()
 
 
 def test_an_archive_brought_by_hand(server, valid, tmp_path):
@@ -643,7 +645,6 @@ def test_wrong_checksum(server, valid, tmp_path, kind):
         with pytest.raises(InputError, match=f"part has the {kind} .* and not the published"):
             obtain(right, tmp_path)
     assert len(server.asked) == 1 and not (tmp_path / valid.folder).exists()
-    assert not list(tmp_path.glob("*.sha256"))
     # What the sentence says mends it.
     server.files["/v.zip"] = make_zip(VALID)
     (tmp_path / "DIV2K_valid_HR.zip.part").unlink()
@@ -657,34 +658,32 @@ def test_no_checksum_takes_another_file(server, valid, tmp_path):
     assert obtain(valid, tmp_path, checksum=False)
 
 
-def test_without_a_published_checksum_the_first_one_counts(server, valid, tmp_path):
-    source = Source(**{**vars(valid), "checksum": None, "size": None})
-    obtain(source, tmp_path)
-    shutil.rmtree(tmp_path / valid.folder)
-    obtain(source, tmp_path)
-    shutil.rmtree(tmp_path / valid.folder)
-    server.files["/v.zip"] = make_zip({**VALID, "readme": b"another"})
-    with pytest.raises(InputError, match="is not what came the first time"):
-        obtain(source, tmp_path)
-    obtain(source, tmp_path, checksum=False)
-
-
-@pytest.mark.parametrize("check", [True, False])
-def test_a_page_instead_of_an_archive_is_not_remembered(server, valid, tmp_path, check):
-    source = Source(**{**vars(valid), "checksum": None, "size": None})
-    server.files["/v.zip"] = b"<!DOCTYPE html><html>please log in</html>" * 30
-    with pytest.raises(InputError, match="part is damaged .*; remove it and run again"):
-        obtain(source, tmp_path, checksum=check)
-    assert not list(tmp_path.glob("*.sha256")) and not (tmp_path / valid.file).exists()
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_page_instead_of_an_archive(server, valid, tmp_path, checked):
+    """Whether or not a checksum tells: one sentence, and what it says mends it."""
+    source = dataclasses.replace(valid, size=None)
+    server.files["/v.zip"] = PAGE
+    text = "part has the sha256 .* remove it to" if checked else "part is damaged .*; remove it and"
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{text}.* fetch it anew"):
+            obtain(source, tmp_path, checksum=checked)
+    assert len(server.asked) == 1 and not (tmp_path / valid.folder).exists()
     server.files["/v.zip"] = make_zip(VALID)
     (tmp_path / f"{valid.file}.part").unlink()
-    assert obtain(source, tmp_path)
-    record = (tmp_path / f"{valid.file}.sha256").read_bytes()
-    shutil.rmtree(tmp_path / valid.folder)
-    server.files["/v.zip"] = b"<!DOCTYPE html><html>please log in</html>" * 30
-    with pytest.raises(InputError, match="part is damaged" if not check else "the first time"):
-        obtain(source, tmp_path, checksum=check)
-    assert (tmp_path / f"{valid.file}.sha256").read_bytes() == record
+    assert obtain(source, tmp_path, checksum=checked)
+    assert contents(tmp_path) == {f"DIV2K/{name}": data for name, data in VALID.items()}
+
+
+def test_a_damaged_archive_brought_by_hand(server, valid, tmp_path):
+    archive = tmp_path / valid.file
+    archive.write_bytes(server.files["/v.zip"][:-30])
+    with pytest.raises(InputError, match="HR.zip has the sha256 .* remove it to fetch it anew"):
+        obtain(valid, tmp_path)
+    with pytest.raises(InputError, match="HR.zip is damaged .*; remove it and run again to fetch"):
+        obtain(valid, tmp_path, checksum=False)
+    assert contents(tmp_path) == {valid.file: server.files["/v.zip"][:-30]} and not server.asked
+    archive.unlink()
+    assert obtain(valid, tmp_path) and not archive.exists()
 
 
 def in_the_way(source, tmp_path):
@@ -717,23 +716,29 @@ def test_another_run_that_ends_just_before(server, valid, tmp_path, monkeypatch)
 
 def test_another_number_of_pictures(server, valid, tmp_path):
     source = Source(**{**vars(valid), "pictures": {"": 4}})
-    with pytest.raises(InputError, match="unpacks to 3 pictures in DIV2K/DIV2K_valid_HR instead"):
+    text = "HR.zip.part unpacks to 3 pictures in DIV2K/DIV2K_valid_HR instead .* mirror by --url"
+    with pytest.raises(InputError, match=text):
         obtain(source, tmp_path)
     assert list((tmp_path / "DIV2K").iterdir()) == []
+    # What the sentence says mends it.
+    server.files["/mirror"] = make_zip({**VALID, "DIV2K_valid_HR/0804.png": png(seed=4)})
+    assert obtain(source, tmp_path, f"{server.url}/mirror", checksum=False)
 
 
 def test_pictures_beside_a_folder_do_not_wrap_it(server, tmp_path):
     files = {"a.png": png(), **{f"small/{i}.png": png(seed=i) for i in range(3)}}
     server.files["/v.zip"] = make_zip(files)
+    digest = checksum(server.files["/v.zip"])
     with pytest.raises(InputError, match="1 pictures in valid instead of 3"):
-        obtain(Source("v.zip", f"{server.url}/v.zip", "valid", {"": 3}), tmp_path)
+        obtain(Source("v.zip", f"{server.url}/v.zip", "valid", {"": 3}, digest), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "DIV2K_valid_LR_bicubic/X2/", "some/where/else/"])
 def test_wrapping_folders_do_not_matter(server, valid, tmp_path, prefix):
     files = {f"{prefix}080{i}x2.png": png(seed=i) for i in (1, 2, 3)}
     server.files["/v.zip"] = make_zip({**files, "__MACOSX/._0801.png": b"x", ".DS_Store": b"x"})
-    source = Source("x2.zip", f"{server.url}/v.zip", "DIV2K/DIV2K_valid_LR_bicubic/X2", {"": 3})
+    folder, digest = "DIV2K/DIV2K_valid_LR_bicubic/X2", checksum(server.files["/v.zip"])
+    source = Source("x2.zip", f"{server.url}/v.zip", folder, {"": 3}, digest)
     obtain(source, tmp_path)
     found = list_images(tmp_path / source.folder)
     assert [path.name for path in found] == ["0801x2.png", "0802x2.png", "0803x2.png"]
@@ -746,7 +751,8 @@ def test_a_set_of_sets(server, tmp_path):
         for sub, size in (("HR/a", (8, 6)), ("LR_bicubic/X2/ax2", (4, 3)))
     }
     server.files["/b.tar"] = make_tar(files)
-    source = Source("b.tar", f"{server.url}/b.tar", "benchmark", {"Set5/HR": 1, "Set14/HR": 1})
+    pictures, digest = {"Set5/HR": 1, "Set14/HR": 1}, checksum(server.files["/b.tar"], "md5")
+    source = Source("b.tar", f"{server.url}/b.tar", "benchmark", pictures, digest)
     obtain(source, tmp_path)
     (picture,) = open_set(tmp_path / "benchmark/Set5", [2]).pictures
     assert picture.name == "a" and picture.lr[2].name == "ax2.png"
@@ -755,7 +761,8 @@ def test_a_set_of_sets(server, tmp_path):
 @pytest.mark.parametrize("prefix", ["Flickr2K/Flickr2K_HR/", "Flickr2K/", ""])
 def test_a_mirror_with_bare_pictures(server, tmp_path, prefix):
     server.files["/f"] = make_zip({f"{prefix}{i}.png": png(seed=i) for i in range(3)})
-    obtain(Source("f.tar", f"{server.url}/f", "Flickr2K", {"Flickr2K_HR": 3}), tmp_path)
+    digest = checksum(server.files["/f"])
+    obtain(Source("f.tar", f"{server.url}/f", "Flickr2K", {"Flickr2K_HR": 3}, digest), tmp_path)
     assert len(list_images(tmp_path / "Flickr2K/Flickr2K_HR")) == 3
 
 
@@ -782,7 +789,7 @@ def test_restart_after_kill(server, valid, tmp_path, how):
     """In the middle of a transfer, with what an even earlier run was unpacking lying about."""
     size = valid.size
     server.how.cuts, server.how.hang = [size // 2], threading.Event()
-    fields = (valid.file, valid.url, valid.folder, valid.pictures, size, valid.checksum)
+    fields = (valid.file, valid.url, valid.folder, valid.pictures, valid.checksum, size)
     command = [sys.executable, "-c", KILLED, repr(fields), str(tmp_path)]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -805,7 +812,7 @@ def test_restart_after_kill(server, valid, tmp_path, how):
     obtain(valid, tmp_path)
     assert ranges(server) == [None, f"bytes={half}-"]
     assert contents(tmp_path / "DIV2K") == VALID
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["DIV2K", "DIV2K_valid_HR.zip.sha256"]
+    assert [path.name for path in tmp_path.iterdir()] == ["DIV2K"]
 
 
 def test_a_kill_after_the_last_byte(server, valid, tmp_path):
@@ -1010,6 +1017,25 @@ def test_prepare_goes_on_where_it_stopped(photos, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no locks there")
+def test_two_prepare_at_once(photos, tmp_path, monkeypatch):
+    """The second would remove the file that the first is about to give its name."""
+    output, replace, met = tmp_path / "tiles", os.replace, []
+
+    def with_another(temporary, path):
+        if Path(path).suffix == ".png" and not met:
+            met.append(path)
+            with pytest.raises(InputError, match="another gsr data prepare is .*tiles; wait"):
+                prepare(photos, output, SMALL)
+        replace(temporary, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", with_another)
+        report = prepare(photos, output, SMALL)
+    assert met and report["complete"] and not list(output.rglob(".*"))
+    assert prepare(photos, output, SMALL)["tiles"]["written"] == 0
+
+
 def test_a_tile_that_was_cut_short_is_made_again(photos, tmp_path):
     output = tmp_path / "tiles"
     first = prepare(photos, output, SMALL)
@@ -1168,8 +1194,10 @@ def test_names_that_are_not_utf_8(photos, tmp_path, capsys):
     target = os.fsdecode(os.fsencode(photos) + b"/\xff.png")
     shutil.copy(photos / "a.png", target)
     sizes = ["--crop", "24", "--step", "16", "--min-side", "12", "--workers", "1"]
-    datasets.main(["prepare", str(photos), str(tmp_path / "tiles"), *sizes])
+    cli.main(["data", "prepare", str(photos), str(tmp_path / "tiles"), *sizes])
     assert r"duplicate: \udcff.png is a.png" in capsys.readouterr().out
+    report = json.loads((tmp_path / "tiles" / "prepare.json").read_text(encoding="utf-8"))
+    assert {"file": "\udcff.png", "same_as": "a.png"} in report["duplicates"]
 
 
 def test_a_recipe_for_tiles():

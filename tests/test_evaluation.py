@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gsr import describe, distributed, evaluation
+from gsr import cli, describe, distributed, evaluation
 from gsr.benchmarks import open_set, read_pair
+from gsr.compare import fingerprint
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.errors import InputError
 from gsr.evaluation import evaluate, main, self_ensemble, table
@@ -573,6 +574,36 @@ def test_main(checkpoint, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["eval", "bicubic", "model"]
     bicubic = data["scales"][1]["methods"]["bicubic"]
     assert lines[1].endswith(f"{bicubic['psnr']:.2f} / {bicubic['ssim']:.4f}")
+
+
+def test_names_that_are_no_utf8(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"B\xe4ume")
+    noise(tmp_path / name / f"{name}.png", (26, 30))
+    options = ["--checkpoint", str(checkpoint), "--data", name, "--scale", "2"]
+    files = ["--csv", "e.csv", "--markdown", "e.md", "--figure", "e.png"]
+    cli.main(["evaluate", *options, *files])
+    (data,) = json.loads(Path("evaluation.json").read_text())["sets"]
+    assert data["name"] == name and list(data["scales"][0]["methods"]["model"]["images"]) == [name]
+    assert "B\\udce4ume" in capsys.readouterr().out
+    assert "B\\udce4ume" in Path("e.csv").read_text() and "B\\udce4ume" in Path("e.md").read_text()
+    first = fingerprint(open_set(name, [2]))
+    os.rename(f"{name}/{name}.png", name + os.fsdecode(b"/B\xf6ume.png"))
+    assert fingerprint(open_set(name, [2])) != first
+
+
+def test_the_table_is_printed_before_the_files(checkpoint, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def full(*_):
+        raise InputError("no space left")
+
+    monkeypatch.setattr(evaluation, "write_atomic", full)
+    with pytest.raises(InputError, match="no space left"):
+        main(arguments(checkpoint, "--scale", "2"))
+    assert [line.split()[0] for line in capsys.readouterr().out.split("\n")[:3]] == [
+        "eval", "bicubic", "model",
+    ]  # fmt: skip
 
 
 def test_the_hash_tells_weights_apart():

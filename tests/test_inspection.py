@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 from gsr import cli
@@ -329,6 +329,14 @@ def test_bank_is_drawn_as_it_is_splatted():
     assert all(tuple(c) in colours for c in look.palette(9))
 
 
+def test_shares_are_written_as_plain_numbers(monkeypatch):
+    texts = []
+    write = lambda self, at, text, *_, **__: texts.append(text)  # noqa: E731
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", write)
+    look.draw_bank(random_model("field"), [1, 0.996, 0.123, 0.004, *[0] * 5])
+    assert texts == ["100", "99.6", "12.3", "0.4", *"-----"]
+
+
 def test_colours():
     for count in (1, 4, 8, 100, 400):
         colours = look.palette(count)
@@ -355,6 +363,12 @@ def test_a_model_in_training_stays_as_it_is(mode, picture):
     assert torch.equal(torch.random.get_rng_state(), state)
     np.testing.assert_array_equal(drawn, look.draw_gaussians(model.eval(), picture, zoom=4))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_arrays_that_run_backwards(picture):
+    model = random_model("direct")
+    turned = look.opacity_map(model, picture[..., ::-1])
+    np.testing.assert_array_equal(turned, look.opacity_map(model, picture[..., ::-1].copy()))
 
 
 def test_refusals_of_functions(picture):
@@ -461,6 +475,7 @@ def test_a_run_is_named_with_what_it_wrote(here):
         (["--zoom", "0"], "zoom (--zoom) must be from 1 to 64, not 0"),
         (["--model", "none"], "none: there is no such model"),
         (["-o", "photo.png"], "--output photo.png is a file"),
+        (["-o", "photo.png/a/b"], "the folder photo.png may not be written to (Not a directory)"),
         (["--scale", "0"], "scale must be positive"),
         (["--threads", "0"], "--threads must be"),
         (["--device", "abacus"], "abacus"),
@@ -473,6 +488,13 @@ def test_refusals_of_the_command(argv, sentence, here, capsys):
     assert caught.value.code == 2 and out == ""
     assert err.startswith("gsr: error: ") and err.count("\n") == 1 and sentence in err
     assert sorted(os.listdir()) == ["model", "photo.png"]
+
+
+def test_a_name_that_is_no_utf8(here):
+    name = os.fsdecode(b"B\xe4ume.png")
+    os.rename("photo.png", name)
+    cli.main(["inspect", name, "-o", "out", "--model", "model", "-q"])
+    assert json.loads(open("out/inspection.json").read())["photo"]["name"] == name
 
 
 def test_the_photo_is_not_overwritten(here, capsys):

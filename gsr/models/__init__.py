@@ -25,6 +25,7 @@ has at a time for each pixel of a band, and keeps for each column of the picture
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -101,13 +102,13 @@ class GaussianSR(nn.Module):
     def _encode(self, lr: Tensor):
         return self.head.encode(self.encoder(lr), lr)
 
-    def stream(self) -> Chain:
+    def stream(self, last: Callable | None = None) -> Chain:
         """`encode` by bands of rows, see `gsr.stream`; an encoder without one of its own is run
-        with its halo around each band."""
+        with its halo around each band. `last` takes the place of the head's `encode`."""
         encoder = self.encoder
         inner = encoder.stream() if hasattr(encoder, "stream") else Layer(encoder, encoder.halo)
         both = Residual(inner, lambda lr, features: (*features, *lr))
-        return Chain(both, Layer(self.head.encode, self.head.halo))
+        return Chain(both, Layer(last or self.head.encode, self.head.halo))
 
     def rows_needed(self, rows, lr_size, size, scale=None) -> tuple[int, int]:
         """First and end of the LR rows of `encoded` on which HR rows (first, last) depend."""
