@@ -286,6 +286,7 @@ def prepare(
         raise InputError(
             f"{output} and {source} must not lie in one another; choose another output folder"
         )
+    _list(source)  # raises before anything is made
     make_folder(output)
     with alone(output, f"another gsr data prepare is at work in {output}; wait until it has ended"):
         return _prepare(source, output, tiling, workers, progress)

@@ -55,7 +55,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 class Source:
     """One archive and what comes of it."""
 
-    file: str  # name of the archive, kept below the output folder while it is needed
+    file: str  # name of the archive; below the output folder it is NAME.part unless it is kept
     url: str
     folder: str  # what it becomes, below the output folder
     pictures: dict[str, int]  # how many lie in which subfolder ("" is the folder itself)
@@ -91,16 +91,16 @@ def obtain(
             another run at work in `output`.
     """
     output = usable(output)
-    folder = output / source.folder
+    folder, archive = output / source.folder, output / source.file
+    part = archive.with_name(f"{archive.name}.part")
     if _is_complete(folder, source):
+        _remove(part)  # of a run that was killed at its very end
         return False
     make_folder(output)
     make_folder(folder.parent)
     with alone(output, f"another download is at work in {output}; wait until it has ended"):
         if _is_complete(folder, source):  # another run has ended since
             return False
-        archive = output / source.file
-        part = archive.with_name(f"{archive.name}.part")
         if archive.is_dir():
             raise InputError(f"{archive} is a folder, and no archive: move it away and run again")
         by_hand = archive.exists()
@@ -113,14 +113,19 @@ def obtain(
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         try:
             unpack(packed, temporary / "archive", progress=progress)
+            if keep and not by_hand:
+                packed = part.replace(archive)
             _settle(temporary / "archive", folder, source, packed)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        if keep and not by_hand:
-            os.replace(part, archive)
-        for path in (part, _note(part)):
-            path.unlink(missing_ok=True)
+        _remove(part)
     return True
+
+
+def _remove(part: Path) -> None:
+    for path in (part, _note(part)):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def describe_bytes(count: float) -> str:

@@ -477,8 +477,10 @@ def _main(args: argparse.Namespace) -> None:
     if distributed.rank() > 0:
         return
     report["seconds"] = time.perf_counter() - start
-    print(f"{table(report)}\n", flush=True)  # first: no file that fails takes it along
-    write_atomic(files["output"], as_json(report))
+    try:  # whatever becomes of the one, there is the other
+        write_atomic(files["output"], as_json(report))
+    finally:
+        print(f"{table(report)}\n", flush=True)
     if "csv" in files:
         write_atomic(files["csv"], as_text(reports.csv_text(report)))
     if "markdown" in files:

@@ -551,7 +551,7 @@ def draw_bank(model: GaussianSR, shares: np.ndarray) -> np.ndarray:
         draw.rectangle((x, y, end, y + cell + 2 * frame - 1), tuple(colours[n].tolist()))
         grey = np.rint(255 * kernel.clip(0, 1)).astype(np.uint8)
         sheet.paste(Image.fromarray(grey), (x + frame, y + frame))
-        label = f"{100 * shares[n]:.3g}" if shares[n] else "-"
+        label = f"{100 * shares[n]:.3g}" if shares[n] >= 1e-4 else "<0.01" if shares[n] else "-"
         draw.text(((x + end) / 2, y + cell + 2 * frame), label, "black", font, anchor="ma")
     return np.asarray(sheet)
 

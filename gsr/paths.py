@@ -59,9 +59,9 @@ def as_text(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def as_json(report: Any, indent: int = 2) -> bytes:
+def as_json(report: Any) -> bytes:
     """A JSON file, as `as_text`; a reader gets the names back that are no UTF-8."""
-    return as_text(json.dumps(report, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    return as_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 _held: list[int] = []  # handles of the folders that are held

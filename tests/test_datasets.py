@@ -623,6 +623,15 @@ def test_keep(server, valid, tmp_path):
     assert len(server.asked) == 1 and (tmp_path / valid.file).exists()
 
 
+def test_a_kill_between_the_pictures_and_the_end(server, valid, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_remove", lambda part: None)
+        obtain(valid, tmp_path)
+    assert len(list(tmp_path.glob("*.part*"))) == 2
+    assert not obtain(valid, tmp_path) and len(server.asked) == 1
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_an_archive_brought_by_hand(server, valid, tmp_path):
     server.how.cuts, server.how.answers = [100], [200, 403]
     with pytest.raises(InputError):
@@ -1130,6 +1139,14 @@ def test_tiles_of_something_else(photos, tmp_path, change, text):
     with pytest.raises(InputError, match=text):
         prepare(photos, tmp_path / "tiles", SMALL)
     assert contents(tmp_path / "tiles") == before
+
+
+def test_without_pictures_no_folder_is_made(tmp_path):
+    for source in ("none", "empty"):
+        with pytest.raises(InputError):
+            prepare(tmp_path / source, tmp_path / "a/b", SMALL)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
 def test_prepare_refusals(photos, tmp_path):

@@ -592,12 +592,16 @@ def test_names_that_are_no_utf8(checkpoint, tmp_path, monkeypatch, capsys):
     assert fingerprint(open_set(name, [2])) != first
 
 
-def test_the_table_is_printed_before_the_files(checkpoint, monkeypatch, tmp_path, capsys):
+def test_the_table_and_the_report_do_not_lose_each_other(checkpoint, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def full(*_):
         raise InputError("no space left")
 
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no space left"):
+        patch.setattr(evaluation, "table", full)
+        main(arguments(checkpoint, "--scale", "2"))
+    assert json.loads(Path("evaluation.json").read_text())["sets"]
     monkeypatch.setattr(evaluation, "write_atomic", full)
     with pytest.raises(InputError, match="no space left"):
         main(arguments(checkpoint, "--scale", "2"))

@@ -333,8 +333,8 @@ def test_shares_are_written_as_plain_numbers(monkeypatch):
     texts = []
     write = lambda self, at, text, *_, **__: texts.append(text)  # noqa: E731
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", write)
-    look.draw_bank(random_model("field"), [1, 0.996, 0.123, 0.004, *[0] * 5])
-    assert texts == ["100", "99.6", "12.3", "0.4", *"-----"]
+    look.draw_bank(random_model("field"), [1, 0.996, 0.123, 0.004, 1e-7, *[0] * 4])
+    assert texts == ["100", "99.6", "12.3", "0.4", "<0.01", *"----"]
 
 
 def test_colours():
