@@ -225,6 +225,7 @@ def test_guard(capsys):
     assert cli.guard(lambda argv: None) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
 def test_names_that_are_no_utf8(here):
     """As a process: in this one, stdout is pytest's."""
     name = os.fsdecode(b"B\xe4ume.png")
