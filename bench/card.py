@@ -20,7 +20,7 @@ from gsr.checkpoint import load
 from gsr.cli import guard
 from gsr.describe import describe_model
 from gsr.errors import InputError
-from gsr.report import published
+from gsr.report import cell, published, table_row
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
@@ -33,21 +33,17 @@ def tables(report: dict) -> str:
     for data in report["sets"]:
         scales = data["scales"]
         lines = [
-            f"| {data['name']} | " + " | ".join(f"x{row['scale']:g}" for row in scales) + " |",
+            table_row(data["name"], *(f"x{row['scale']:g}" for row in scales)),
             "|---|" + "---|" * len(scales),
         ]
         for method, label in (("bicubic", "bicubic"), ("model", "**gsr-lite**")):
-            cells = [row["methods"][method] for row in scales]
-            lines.append(
-                f"| {label} | "
-                + " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in cells)
-                + " |"
-            )
+            cells = [cell(row["methods"][method], ("psnr", "ssim")) for row in scales]
+            lines.append(table_row(label, *cells))
         for label, known in published(data, "benchmark"):
             cells = [
                 f"{known[row['scale']]:.2f}" if row["scale"] in known else "" for row in scales
             ]
-            lines.append(f"| {label}, published | " + " | ".join(cells) + " |")
+            lines.append(table_row(f"{label}, published", *cells))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from bench import document
 from gsr.cli import guard
 from gsr.errors import InputError
+from gsr.report import table_row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "comparison.csv"
@@ -61,8 +62,7 @@ def _costs(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(table_row(*line) for line in [head, ["---"] * len(head), *rows])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
