@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import document
-from gsr.checkpoint import load
 from gsr.cli import guard
 from gsr.describe import describe_model
 from gsr.errors import InputError
+from gsr.models.checkpoint import load
 from gsr.report import cell, published, table_row
 
 ROOT = Path(__file__).resolve().parents[1]

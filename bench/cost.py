@@ -1,7 +1,7 @@
 """Bytes and operations of the splat by formula: what any implementation has to do at least.
 
 Bytes count every input once and every output once. Operations are those of the formula in
-`gsr.reference.splat_at`, a multiply-add being two, exp and a division being one each.
+`gsr.ops.reference.splat_at`, a multiply-add being two, exp and a division being one each.
 """
 
 from __future__ import annotations

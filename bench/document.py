@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gsr.errors import InputError
-from gsr.image import write_atomic
+from gsr.io.image import write_atomic
 
 
 def read(document: Path, name: str) -> str:

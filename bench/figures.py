@@ -15,7 +15,7 @@ from gsr.cli import guard
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "kernel_cells.png"
 LR, SCALE, CELL, RADIUS = (5, 6), (3.6, 4.0), (2, 2), 1  # CELL: the LR pixel that is looked at
-REACH, GAUSSIAN, OFFSET = 0.75, (1, 3), (0.35, -0.3)  # as in gsr/models/direct.py; LR pixels
+REACH, GAUSSIAN, OFFSET = 0.75, (1, 3), (0.35, -0.3)  # as in gsr/models/heads/direct.py; LR pixels
 
 
 def ellipse(sigma: tuple[float, float], rho: float, radius: float) -> np.ndarray:

@@ -39,12 +39,12 @@ import gsr
 from bench import document, schema
 from bench.published import CHUNK, Published, edsr, liif_mlp, liif_query, liif_render, queries
 from bench.splat import quantiles
-from gsr import infer
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
+from gsr.inference import strips as infer
 from gsr.models import GaussianSR
-from gsr.models.edsr import EDSR
+from gsr.models.encoders.edsr import EDSR
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("official", "field", "direct")

@@ -37,7 +37,7 @@ def edsr(weights: dict[str, Tensor], lr: Tensor) -> Tensor:
     the unit stays what it is when the encoder there gets faster.
 
     Args:
-        weights: the state dict of `gsr.models.edsr.EDSR` with `res_scale` 1.
+        weights: the state dict of `gsr.models.encoders.edsr.EDSR` with `res_scale` 1.
 
     Source: Lim et al., CVPRW 2017, section 3.
     """

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from bench import cost, schema
 from bench.cost import Shape
-from gsr import ops, reference
+from gsr import ops
 from gsr.config import EncoderConfig
 from gsr.errors import InputError
-from gsr.models.edsr import EDSR
+from gsr.models.encoders.edsr import EDSR
+from gsr.ops import reference
 
 EPS = 1e-2
 

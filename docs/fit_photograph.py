@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from gsr.image import read_image, to_tensor, to_uint8, write_image
+from gsr.io.image import read_image, to_tensor, to_uint8, write_image
 from gsr.ops import splat
 
 photo = to_tensor(read_image(sys.argv[1]))  # [1, 3, H, W] in [0, 1]

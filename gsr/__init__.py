@@ -19,15 +19,15 @@ __all__ = ["GaussianSR", "InputError", "__version__", "load", "upscale"]
 _HOMES = {
     "GaussianSR": "gsr.models",
     "InputError": "gsr.errors",
-    "load": "gsr.checkpoint",
-    "upscale": "gsr.infer",
+    "load": "gsr.models.checkpoint",
+    "upscale": "gsr.inference.upscale",
 }
 
 if TYPE_CHECKING:
-    from gsr.checkpoint import load as load
     from gsr.errors import InputError as InputError
-    from gsr.infer import upscale as upscale
+    from gsr.inference.upscale import upscale as upscale
     from gsr.models import GaussianSR as GaussianSR
+    from gsr.models.checkpoint import load as load
 
 
 def __getattr__(name: str):

@@ -66,11 +66,11 @@ def dispatch(argv: Sequence[str] | None = None) -> None:
 
         return evaluate(argv[1:])
     if argv[:1] == ["data"]:
-        from gsr.datasets import main as data
+        from gsr.data.tiles import main as data
 
         return data(argv[1:])
     if argv[:1] == ["inspect"]:
-        from gsr.inspection import main as inspect
+        from gsr.viz import main as inspect
 
         return inspect(argv[1:])
     if argv[:1] == ["compare"]:
@@ -192,9 +192,10 @@ def _upscale(args: argparse.Namespace) -> None:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
     from gsr.device import pick_device, set_threads
-    from gsr.image import check_format, check_writable, open_image, save_image
-    from gsr.infer import MAX_PIXELS, estimate, target_size, upscale, upscale_to_png
-    from gsr.paths import make_folder, usable
+    from gsr.inference.strips import estimate
+    from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
+    from gsr.io.image import check_format, check_writable, open_image, save_image
+    from gsr.io.paths import make_folder, usable
 
     # Everything that can be refused is refused before the model is loaded or a pixel computed, and
     # before anything is written, be it a folder.
@@ -227,7 +228,7 @@ def _upscale(args: argparse.Namespace) -> None:
     for path, _ in files:
         check_writable(path)
 
-    from gsr.checkpoint import load
+    from gsr.models.checkpoint import load
 
     model = load(args.model).to(pick_device(args.device))
     progress = not args.quiet and sys.stderr.isatty()
@@ -271,8 +272,8 @@ def _duration(seconds: float) -> str:
 
 def _outputs(photos: list[Path], output: str) -> list[Path]:
     """The file to write for each photo."""
-    from gsr.image import WRITE_FORMATS
-    from gsr.paths import usable
+    from gsr.io.image import WRITE_FORMATS
+    from gsr.io.paths import usable
 
     if not _is_folder(photos, output):
         return [usable(output)]
@@ -303,7 +304,7 @@ def _side_by_side(image: Any, large: Any) -> Any:
     """Pillow images: the small one enlarged bicubically, the large one, each under its label."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from gsr.image import on_white, to_rgb
+    from gsr.io.image import on_white, to_rgb
 
     width, height = large.size
     size, text, gap, band = _sheet(width, height)

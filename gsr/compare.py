@@ -32,18 +32,18 @@ import torch
 from torch import Tensor
 
 from gsr import distributed
-from gsr.benchmarks import DataSet, check_sizes, open_sets
-from gsr.checkpoint import load_model
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
-from gsr.data import split_pictures
+from gsr.data.benchmarks import DataSet, check_sizes, open_sets
+from gsr.data.patches import split_pictures
 from gsr.describe import describe_model, describe_run
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
 from gsr.evaluation import SCALES, add_protocol, describe_protocol, enlarge_bicubic, evaluate
-from gsr.image import write_atomic
-from gsr.infer import run
+from gsr.inference.strips import run
+from gsr.io.image import write_atomic
+from gsr.io.paths import as_json, as_text, make_folder, usable
 from gsr.models import GaussianSR
-from gsr.paths import as_json, as_text, make_folder, usable
+from gsr.models.checkpoint import load_model
 from gsr.report import MADE, table_row
 from gsr.training import MAY_CHANGE, Trainer, begun_with, different_keys, flat
 
@@ -318,7 +318,7 @@ def compare(
     Args:
         methods: from `read_methods`.
         folder: for the runs and the table; made if need be.
-        sets: data folders of `gsr.benchmarks`.
+        sets: data folders of `gsr.data.benchmarks`.
         scales, protocol, limit: as `gsr.evaluation.evaluate` takes them.
         allow_differences: trainings may differ in more than the model.
         progress: bars on stderr.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gsr.errors import InputError
-from gsr.paths import usable
+from gsr.io.paths import usable
 
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?|mps|xpu"
 MAX_THREADS = 1024

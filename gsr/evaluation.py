@@ -1,4 +1,4 @@
-"""Measuring models on data folders (`gsr.benchmarks`), by the published protocols, next to bicubic.
+"""Measure models on data folders (`gsr.data.benchmarks`) by the published protocols.
 
 Every report is one JSON file that says how the numbers came about; bicubic is measured in the same
 run, so that a mistake in the data or in the protocol shows there. `gsr.report` makes tables and a
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gsr import distributed
 from gsr import report as reports
-from gsr.benchmarks import (
+from gsr.data.benchmarks import (
     DataSet,
     Picture,
     check_scales,
@@ -40,7 +40,8 @@ from gsr.benchmarks import (
 from gsr.describe import BUNDLED, called_after, describe_model, describe_run, telling
 from gsr.device import set_threads
 from gsr.errors import InputError
-from gsr.image import (
+from gsr.inference.strips import run
+from gsr.io.image import (
     check_format,
     save_image,
     to_tensor,
@@ -48,7 +49,7 @@ from gsr.image import (
     write_atomic,
     write_image,
 )
-from gsr.infer import run
+from gsr.io.paths import as_json, as_text, make_folder, usable
 from gsr.metrics import (
     PERCEPTUAL,
     PROTOCOLS,
@@ -61,8 +62,7 @@ from gsr.metrics import (
     psnr_y,
     ssim,
 )
-from gsr.paths import as_json, as_text, make_folder, usable
-from gsr.resize import imresize
+from gsr.ops.resize import imresize
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -123,7 +123,7 @@ def evaluate(
 
     Args:
         model: works on its own device; several by label; None measures bicubic only.
-        folder: a data folder, see `gsr.benchmarks`.
+        folder: a data folder, see `gsr.data.benchmarks`.
         scales: each from 1 to 1000.
         protocol: "benchmark" (luma PSNR) or "div2k" (RGB PSNR), see `gsr.metrics`.
         limit: only the first so many pictures, by name.
@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(args: argparse.Namespace) -> None:
-    from gsr.checkpoint import load
+    from gsr.models.checkpoint import load
 
     start = time.perf_counter()
     set_threads(args.threads)

@@ -41,9 +41,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from gsr import distributed
-from gsr.checkpoint import load_model, read_config, save_model
 from gsr.config import Config, ModelConfig, TrainConfig, load_config, to_dict
-from gsr.data import (
+from gsr.data.patches import (
     Batch,
     PatchDataset,
     downscale,
@@ -54,11 +53,12 @@ from gsr.data import (
 )
 from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
-from gsr.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
+from gsr.io.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
+from gsr.io.paths import alone, make_folder, usable
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
-from gsr.paths import alone, make_folder, usable
-from gsr.resize import bicubic
+from gsr.models.checkpoint import load_model, read_config, save_model
+from gsr.ops.resize import bicubic
 
 VAL_SCALES = (2, 3, 4, 6, 8)
 SHOWN_SCALE = 4  # of the crop that TensorBoard shows
@@ -136,7 +136,7 @@ def show(board, model: GaussianSR, pair: tuple[int, Tensor, Tensor], step: int) 
 
 
 def _show_gaussians(board, model: GaussianSR, picture: np.ndarray, step: int) -> None:
-    from gsr.inspection import draw_gaussians
+    from gsr.viz import draw_gaussians
 
     drawn = draw_gaussians(model, picture)
     board.add_image("val/gaussians", drawn, step, dataformats="HWC")

@@ -1,6 +1,6 @@
 """Splat: the Gaussians of the LR pixels nearest to each HR pixel, weighted, summed, divided.
 
-Formula, shapes and units are those of `gsr.reference.splat_at` (GaussianSR, AAAI 2025, section 3):
+Formula, shapes and units are those of `gsr.ops.reference.splat_at` (GaussianSR, section 3):
 
     w_i = opacity_i exp(-q_i / 2),   out = sum_i w_i v_i  [ / (sum_i w_i + eps) ]
 
@@ -467,7 +467,7 @@ def _forward(
 def forward(
     values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
 ) -> Tensor:  # fmt: skip
-    """`gsr.reference.splat` of HR rows rows[0] to rows[1]: [B, C, rows, W] in values' type."""
+    """`gsr.ops.reference.splat` of HR rows rows[0] to rows[1]: [B, C, rows, W] in values' type."""
     rest = sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band
     return torch.cat([_forward(part, *rest) for part in values.split(CHANNELS, 2)], 1)
 
@@ -546,7 +546,7 @@ def _forward_at(values, sigma, rho, opacity, offset, points, radius, normalize, 
 def forward_at(
     values, sigma, rho, opacity, offset, points, radius, normalize, eps
 ) -> Tensor:  # fmt: skip
-    """`gsr.reference.splat_at`: [B, Q, C] in values' type."""
+    """`gsr.ops.reference.splat_at`: [B, Q, C] in values' type."""
     rest = sigma, rho, opacity, offset, points, radius, normalize, eps
     return torch.cat([_forward_at(part, *rest) for part in values.split(CHANNELS, 2)], 2)
 

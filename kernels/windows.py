@@ -178,7 +178,7 @@ def _count(features: Tensor, window: int) -> tuple[int, int, int]:
 
 
 def forward(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
-    """`gsr.reference.splat_windows`: [B, c, h / window k_y, w / window k_x] in features' type."""
+    """`splat_windows`: [B, c, h / window k_y, w / window k_x] in the features' type."""
     features = features.contiguous()
     weights, constants = _weights_of(kernels, side)
     rows, columns, count = _count(features, constants["WINDOW"])

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRELOAD = [
-    "gsr.training", "gsr.inspection", "gsr.cpu_loops", "torch._dynamo", "torch.utils.tensorboard",
+    "gsr.training", "gsr.viz", "gsr.ops.cpu_loops", "torch._dynamo", "torch.utils.tensorboard",
     "torch.testing",
 ]  # fmt: skip
 CODE = """

@@ -25,7 +25,7 @@ import torch
 if __name__ == "__main__":  # under pytest the checkout is on the path already
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gsr import reference  # noqa: E402
+from gsr.ops import reference  # noqa: E402
 
 B, K, C, R, EPS = 2, 2, 3, 1, 0.01
 SIDE, HR = 49_990, 74_985  # h w and H W are beyond 2^31

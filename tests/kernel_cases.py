@@ -6,7 +6,7 @@
     python tests/kernel_cases.py --list
 
 A case is drawn from its name, so that it stays the same whatever stands before it in the list. Its
-operator, forward and backward, is compared with `gsr.reference` in float64 and PyTorch's own
+operator, forward and backward, is compared with `gsr.ops.reference` in float64 and PyTorch's own
 gradients of it. What a kernel reads lies among NaNs, what it writes is full of them before and lies
 among numbers that have to survive. So a load or store out of bounds, and a store that is missing,
 show on the interpreter too.
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # under pytest the checkout is on the path already
     sys.path.insert(0, str(ROOT))
 
-from gsr import reference  # noqa: E402
+from gsr.ops import reference  # noqa: E402
 
 GRADIENTS = ("d_values", "d_sigma", "d_rho", "d_opacity", "d_offset")
 OUT, GRAD, HALF = 1e-5, 1e-4, 1e-6  # the tolerances, see `tolerances`
@@ -67,7 +67,7 @@ class Case:
     grad: str = "drawn"  # or ones, as .sum() sends; or transposed
     arch: str = ""  # with the block sizes of this architecture, not of the machine's
     # Where float32 itself is further from float64 than the usual tolerance, the reason. The bound
-    # is then FLOAT32 times the error of `gsr.reference` run in float32 on the same numbers.
+    # is then FLOAT32 times the error of `gsr.ops.reference` run in float32 on the same numbers.
     rounding: str = ""
 
     @property
@@ -423,7 +423,7 @@ def compare(out, gradients, true_out, true_gradients) -> dict[str, float]:
 def run_case(case: Case, device="cpu", kernels=None) -> dict[str, float]:
     """Errors of the kernels on a case. `beside` counts stores outside of what was allocated.
 
-    With `case.rounding` the entries `float32 out`, ... hold the same errors of `gsr.reference`
+    With `case.rounding` the entries `float32 out`, ... hold the same errors of `gsr.ops.reference`
     in float32.
     """
     kernels = kernels or importlib.import_module("gsr.kernels.splat")

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from bench import card
-from gsr import checkpoint
-from gsr.checkpoint import save_model
 from gsr.describe import describe_model
 from gsr.errors import InputError
+from gsr.models import checkpoint
+from gsr.models.checkpoint import save_model
 
 TEXT = "# Model\n<!-- figures -->\nold\n<!-- /figures -->\nthe end\n"
 

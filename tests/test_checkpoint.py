@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gsr
-from gsr import checkpoint
-from gsr.checkpoint import load, load_model, save_model
 from gsr.config import to_dict
 from gsr.errors import InputError
+from gsr.models import checkpoint
+from gsr.models.checkpoint import load, load_model, save_model
 
 
 @pytest.fixture

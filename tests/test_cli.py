@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 import gsr
-from gsr import cli, infer
-from gsr.checkpoint import save_model
+from gsr import cli
 from gsr.errors import InputError
-from gsr.image import read_image, write_image
+from gsr.inference import upscale as infer
+from gsr.io.image import read_image, write_image
+from gsr.models.checkpoint import save_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +66,7 @@ def test_quiet(here, capsys):
 def test_a_long_run_is_announced(here, capsys, monkeypatch):
     monkeypatch.setattr(cli, "LARGE", 1)
     for seconds, text in ((9, ""), (12, "about 10 s\n"), (200, "about 3 min\n"), (9e3, "2.5 h\n")):
-        monkeypatch.setattr(infer, "estimate", lambda *args, seconds=seconds: seconds)
+        monkeypatch.setattr("gsr.inference.strips.estimate", lambda *args, seconds=seconds: seconds)
         upscale("-o", "out.png", "--scale", "2")
         said = capsys.readouterr().err
         assert said.endswith(text) and bool(said) == bool(text)
@@ -181,7 +182,7 @@ def test_wrong_options(here, capsys, argv):
 
 def test_everything_is_checked_before_the_work(here, capsys, monkeypatch):
     monkeypatch.setattr(infer, "upscale", lambda *_: pytest.fail("computed first"))
-    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("gsr.models.checkpoint.load", lambda *_: pytest.fail("loaded first"))
     refused(capsys, "-o", "none/out.png", "--scale", "2")
     refused(capsys, "-o", "out.png", "--scale", "2", "--compare", "none/c.png")
     refused(capsys, "-o", "out.png", "--scale", "0.5")

@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file
 
 from gsr import cli, compare
-from gsr.checkpoint import load_model
 from gsr.config import (
     BankConfig,
     DecoderConfig,
@@ -27,8 +26,9 @@ from gsr.config import (
 )
 from gsr.errors import InputError
 from gsr.evaluation import evaluate
-from gsr.image import read_image, write_image
+from gsr.io.image import read_image, write_image
 from gsr.models import GaussianSR
+from gsr.models.checkpoint import load_model
 from gsr.training import Loss, Trainer
 
 ROOT = Path(__file__).parents[1]

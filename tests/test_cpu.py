@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from gsr import cpu, reference
+from gsr.ops import cpu, reference
 
 NAMES = ("values", "sigma", "rho", "opacity", "offset")
 
@@ -384,7 +384,7 @@ def test_powers_of_two():
     """The exponential: 2^-x to the last place, 0 where normal float32 numbers end, NaN kept."""
     import numba
 
-    from gsr import cpu_loops
+    from gsr.ops import cpu_loops
 
     load, decay, store, lanes = (
         cpu_loops.load, cpu_loops.decay, cpu_loops.store, cpu_loops.LANES,
@@ -412,10 +412,10 @@ def test_powers_of_two():
 @pytest.fixture
 def no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "gsr.cpu_loops", raising=False)
+    monkeypatch.delitem(sys.modules, "gsr.ops.cpu_loops", raising=False)
     import gsr
 
-    monkeypatch.delattr(gsr, "cpu_loops", raising=False)
+    monkeypatch.delattr(gsr.ops, "cpu_loops", raising=False)
     cpu._loops.cache_clear()
     yield
     cpu._loops.cache_clear()
@@ -453,7 +453,7 @@ def python(code):
 
 
 def test_numba_is_imported_only_when_it_is_needed():
-    python("import sys; from gsr import cpu; assert 'numba' not in sys.modules")
+    python("import sys; from gsr.ops import cpu; assert 'numba' not in sys.modules")
 
 
 @pytest.mark.slow
@@ -462,7 +462,7 @@ def test_memory():
     peak = python(
         """
         import torch
-        from gsr import cpu
+        from gsr.ops import cpu
         torch.set_num_threads(2)
         def field(n):
             f = [torch.rand(1, 4, *s, n, n) for s in [(3,), (2,), (), (), (2,)]]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from gsr.config import DataConfig
-from gsr.data import (
+from gsr.data.patches import (
     Draw,
     PatchDataset,
     ScaleBatchSampler,
@@ -120,7 +120,7 @@ def no_decoding(monkeypatch):
     def decode(path):
         raise AssertionError(f"{path} was decoded")
 
-    monkeypatch.setattr("gsr.data.read_image", decode)
+    monkeypatch.setattr("gsr.data.patches.read_image", decode)
 
 
 def test_a_mapped_picture_is_decoded_once(folder, monkeypatch):

@@ -25,15 +25,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gsr import cli, datasets, download
-from gsr.benchmarks import open_set
+from gsr import cli
 from gsr.config import DataConfig, load_config
-from gsr.data import PatchDataset, split_pictures, steps_per_epoch
-from gsr.datasets import Tiling, boxes, check, prepare, starts
-from gsr.download import Source, fetch, obtain, unpack
+from gsr.data import fetch as download
+from gsr.data import tiles as datasets
+from gsr.data.benchmarks import open_set
+from gsr.data.fetch import Source, fetch, obtain, unpack
+from gsr.data.patches import PatchDataset, split_pictures, steps_per_epoch
+from gsr.data.tiles import Tiling, boxes, check, prepare, starts
 from gsr.errors import InputError
-from gsr.image import list_images, read_image, write_image
-from gsr.paths import alone
+from gsr.io.image import list_images, read_image, write_image
+from gsr.io.paths import alone
 
 ROOT = Path(__file__).parent.parent
 
@@ -400,7 +402,7 @@ def test_disk_full_on_the_way(server, part, monkeypatch):
     server.files["/file"] = DATA
     with monkeypatch.context() as patch:
         patch.setattr(download.os, "fsync", full)
-        patch.setattr("gsr.image.write_atomic", lambda path, data: Path(path).write_bytes(data))
+        patch.setattr("gsr.io.image.write_atomic", lambda path, data: Path(path).write_bytes(data))
         with pytest.raises(InputError, match="disk is full at .*; make room and run again"):
             fetch(f"{server.url}/file", part)
     assert len(server.asked) == 1  # no other try
@@ -785,8 +787,9 @@ def test_two_at_once(valid, tmp_path):
 
 KILLED = """
 import sys
-from gsr import cli, datasets
-from gsr.download import Source
+from gsr import cli
+from gsr.data import tiles as datasets
+from gsr.data.fetch import Source
 datasets.SETS["div2k"] = [Source(*eval(sys.argv[1]))]
 cli.main(["data", "download", "div2k", "--output", sys.argv[2]])
 """
@@ -1002,7 +1005,7 @@ def test_prepare_goes_on_where_it_stopped(photos, tmp_path, monkeypatch):
         write_image(path, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gsr.image.write_image", failing)
+        patch.setattr("gsr.io.image.write_image", failing)
         with pytest.raises(InputError, match="No space left"):
             prepare(photos, output, SMALL)
     before = {path: path.stat().st_mtime_ns for path in list_images(output)}

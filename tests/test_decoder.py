@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gsr.config import DecoderConfig
-from gsr.models import decoder
-from gsr.models.decoder import FourierDecoder, affine, bicubic_neighbours, neighbourhoods
+from gsr.models.heads import decoder
+from gsr.models.heads.decoder import FourierDecoder, affine, bicubic_neighbours, neighbourhoods
 
 LOOPS = decoder._loops()
 needs_loops = pytest.mark.skipif(LOOPS is None, reason="Numba does not run")

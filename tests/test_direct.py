@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gsr.config import DirectConfig, EncoderConfig, ModelConfig
-from gsr.data import pixel_coords
+from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR
 

@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import gsr
-from gsr import infer
-from gsr.checkpoint import save_model
 from gsr.config import DirectConfig, EncoderConfig, ModelConfig, from_dict
 from gsr.errors import InputError
-from gsr.models import ENCODERS, GaussianSR, make_encoder
-from gsr.models.swinir import reflected
-from gsr.stream import Band, Chain, Convolution, Dense, Residual
+from gsr.inference import strips as infer
+from gsr.models import GaussianSR
+from gsr.models.checkpoint import save_model
+from gsr.models.encoders.swinir import reflected
+from gsr.models.registry import ENCODERS, make_encoder
+from gsr.models.stream import Band, Chain, Convolution, Dense, Residual
 
 SMALL = {
     "edsr": EncoderConfig("edsr", n_feats=6, n_blocks=2),
     "rdn": EncoderConfig("rdn", n_feats=6, n_blocks=3, layers=2, growth=4),
     "swinir": EncoderConfig("swinir", n_feats=6, dim=8, depths=[2, 1, 3], heads=2, window=4),
 }
+STREAMED = "gsr.models.stream", "gsr.models.encoders.swinir"
 
 
 def make(name, seed=0):
@@ -276,9 +278,7 @@ def tensors(thing, seen=None):
     elif isinstance(thing, (list, tuple)):
         for item in thing:
             tensors(item, seen)
-    elif type(thing).__module__ in ("gsr.stream", "gsr.models.swinir") and not isinstance(
-        thing, nn.Module
-    ):
+    elif type(thing).__module__ in STREAMED and not isinstance(thing, nn.Module):
         tensors(list(vars(thing).values()), seen)
     return seen
 

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from gsr import cli, describe, distributed, evaluation
-from gsr.benchmarks import open_set, read_pair
 from gsr.compare import fingerprint
 from gsr.config import EncoderConfig, ModelConfig
+from gsr.data.benchmarks import open_set, read_pair
 from gsr.errors import InputError
 from gsr.evaluation import evaluate, main, self_ensemble, table
-from gsr.image import read_image, to_tensor, write_image
+from gsr.io.image import read_image, to_tensor, write_image
 from gsr.metrics import psnr, psnr_y, ssim
 from gsr.models import GaussianSR
-from gsr.resize import imresize
+from gsr.ops.resize import imresize
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data/eval"
@@ -272,7 +272,7 @@ def test_results_are_not_saved_among_the_pictures(stub, tmp_path, monkeypatch):
     # Of several the label comes first; another set's pictures are spared, too.
     with pytest.raises(InputError, match="among the pictures of flat"):
         evaluate({"a": model, "flat/flat": model}, flat, [2], save=tmp_path)
-    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("gsr.models.checkpoint.load", lambda *_: pytest.fail("loaded first"))
     more = ["--save", str(flat), "--output", str(tmp_path / "new/r.json")]
     with pytest.raises(InputError, match="eval/x2/NAME.png among the pictures of flat"):
         main(["--data", str(DATA), str(flat), *more])
@@ -520,7 +520,7 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    from gsr.checkpoint import save_model
+    from gsr.models.checkpoint import save_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(folder, tiny_model())
@@ -665,7 +665,7 @@ def test_pictures_of_the_sets_are_not_overwritten(checkpoint, tmp_path, monkeypa
     os.rename("linked/HR/otter.png", "otter.png")
     os.symlink(tmp_path / "otter.png", "linked/HR/otter.png")
     before = pictures_below(tmp_path)
-    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("gsr.models.checkpoint.load", lambda *_: pytest.fail("loaded first"))
     every = ["--data", "deep", "flat", "linked"]
     for option, path in [
         ("--csv", "deep/HR/otter.png"), ("--output", "deep/LR_bicubic/X2/skylinex2.png"),
@@ -708,7 +708,7 @@ def test_folders_are_tried_before_the_work(checkpoint, tmp_path, monkeypatch, op
         return make(dir=dir)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("gsr.models.checkpoint.load", lambda *_: pytest.fail("loaded first"))
     path = "closed/report.json" if option == "--output" else "closed"
     with pytest.raises(InputError, match="closed may not be written to"):
         main(arguments(checkpoint, option, path))
@@ -898,7 +898,7 @@ def test_the_crop_is_measured_by_itself(monkeypatch):
 def test_options_of_the_figure_are_checked_before_the_work(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights for perceptual metrics
-    monkeypatch.setattr("gsr.checkpoint.load", lambda *_: pytest.fail("loaded the model first"))
+    monkeypatch.setattr("gsr.models.checkpoint.load", lambda *_: pytest.fail("loaded first"))
     for more, part in [
         (["--box", "1,2,3,4"], "--box is for --figure"),
         (["--picture", "otter"], "--picture is for --figure"),

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
-from gsr.data import pixel_coords
+from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
-from gsr.models import GaussianSR, decoder
-from gsr.models.bank import BankEncoded, BoundedBank, GaussianBank, assign, pick
-from gsr.models.decoder import FourierDecoder, bicubic_neighbours
-from gsr.resize import bicubic
+from gsr.models import GaussianSR
+from gsr.models.heads import decoder
+from gsr.models.heads.bank import BankEncoded, BoundedBank, GaussianBank, assign, pick
+from gsr.models.heads.decoder import FourierDecoder, bicubic_neighbours
+from gsr.ops.resize import bicubic
 
 
 def make(mode="field", seed=0, **bank):

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 
 import gsr
-from gsr import infer
-from gsr.checkpoint import save_model
 from gsr.config import (
     Config,
     DecoderConfig,
@@ -25,10 +23,13 @@ from gsr.config import (
     from_dict,
     load_config,
 )
-from gsr.data import pixel_coords
+from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
-from gsr.models import GaussianSR, bicubic, decoder, liif
-from gsr.resize import bicubic as resize
+from gsr.inference import strips as infer
+from gsr.models import GaussianSR
+from gsr.models.checkpoint import save_model
+from gsr.models.heads import bicubic, decoder, liif
+from gsr.ops.resize import bicubic as resize
 from gsr.training import Trainer
 
 MODES = ["bicubic", "liif", "lte"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gsr import image as gi
 from gsr.errors import InputError
+from gsr.io import image as gi
 
 
 def refused(path, read=gi.read_image):

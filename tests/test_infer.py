@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import gsr
-from gsr import infer
 from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
 from gsr.errors import InputError
-from gsr.image import to_tensor
-from gsr.stream import Layer
+from gsr.inference import strips as infer
+from gsr.inference import upscale as upscaling
+from gsr.io.image import to_tensor
+from gsr.models.stream import Layer
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -39,7 +40,7 @@ class Bicubic(torch.nn.Module):
         self.calls = []
 
     def encode(self, lr):
-        from gsr.models.direct import DirectEncoded
+        from gsr.models.heads.direct import DirectEncoded
 
         self.calls.append((self.training, self.head.training, torch.is_inference_mode_enabled()))
         return DirectEncoded(*[lr] * 6)
@@ -132,7 +133,7 @@ def test_progress_ends_at_its_total(tiny_model, monkeypatch):
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     infer.run(tiny_model, torch.rand(1, 3, 34, 28), (75, 60), progress=True)
-    infer.upscale(torch.rand(2, 3, 34, 28), 2, model=tiny_model, progress=True)
+    upscaling.upscale(torch.rand(2, 3, 34, 28), 2, model=tiny_model, progress=True)
     assert len(bars) == 2
     for bar in bars:
         assert bar.n == pytest.approx(bar.total) and len(bar.steps) > 10 and min(bar.steps) > 0
@@ -260,7 +261,7 @@ def test_a_file_by_strips_is_the_same_picture(picture, mode, tiny_model, tmp_pat
     image, path = convert(picture, mode), tmp_path / "a.png"
     image.info["icc_profile"] = b"a profile"
     want = gsr.upscale(image, (2, 3.3), model=tiny_model)
-    size = infer.upscale_to_png(path, image, (2, 3.3), model=tiny_model)
+    size = upscaling.upscale_to_png(path, image, (2, 3.3), model=tiny_model)
     with Image.open(path) as got:
         assert got.size == want.size == size[::-1] and got.mode == want.mode
         assert got.info.get("icc_profile") == want.info.get("icc_profile")
@@ -270,7 +271,7 @@ def test_a_file_by_strips_is_the_same_picture(picture, mode, tiny_model, tmp_pat
 def test_a_file_by_strips_of_a_turned_picture(picture, tiny_model, tmp_path):
     image = Image.fromarray(picture)
     image.getexif()[0x0112] = 6
-    size = infer.upscale_to_png(tmp_path / "a.png", image, size=(34, 24), model=tiny_model)
+    size = upscaling.upscale_to_png(tmp_path / "a.png", image, size=(34, 24), model=tiny_model)
     assert size == (34, 24)
 
 
@@ -286,7 +287,7 @@ def test_a_failure_in_the_middle_leaves_no_file(picture, tiny_model, tmp_path, m
     inner = tiny_model.render
     monkeypatch.setattr(tiny_model, "render", render)
     with pytest.raises(ValueError, match="in the middle"):
-        infer.upscale_to_png(tmp_path / "a.png", Image.fromarray(picture), 4, model=tiny_model)
+        upscaling.upscale_to_png(tmp_path / "a.png", Image.fromarray(picture), 4, model=tiny_model)
     assert not list(tmp_path.iterdir()) and not torch.is_inference_mode_enabled()
 
 
@@ -333,14 +334,14 @@ def test_one_pixel(tiny_model):
 
 
 def test_bundled_model_is_the_default(monkeypatch, tiny_model, picture):
-    from gsr import checkpoint
+    from gsr.models import checkpoint
 
-    infer._bundled.cache_clear()
+    upscaling._bundled.cache_clear()
     monkeypatch.setattr(checkpoint, "load", lambda: tiny_model)
     try:
         result = gsr.upscale(picture, 2)
     finally:
-        infer._bundled.cache_clear()
+        upscaling._bundled.cache_clear()
     np.testing.assert_array_equal(result, gsr.upscale(picture, 2, model=tiny_model))
 
 
@@ -435,12 +436,12 @@ def test_sizes_that_are_refused(tiny_model, picture, arguments, sentence):
 
 
 def test_sizes_that_are_taken(picture):
-    assert infer.target_size((12, 17), 1) == ((12, 17), (1, 1))
-    assert infer.target_size((12, 17), np.float32(1.25)) == ((15, 21), (1.25, 1.25))
-    assert infer.target_size((12, 17), torch.tensor(2.0)) == ((24, 34), (2, 2))
-    assert infer.target_size((12, 17), [2, 3]) == ((24, 51), (2, 3))
-    assert infer.target_size((12, 17), size=np.array([12, 34])) == ((12, 34), (1, 2))
-    assert infer.target_size((12, 17), 2, max_pixels=816)[0] == (24, 34)
+    assert upscaling.target_size((12, 17), 1) == ((12, 17), (1, 1))
+    assert upscaling.target_size((12, 17), np.float32(1.25)) == ((15, 21), (1.25, 1.25))
+    assert upscaling.target_size((12, 17), torch.tensor(2.0)) == ((24, 34), (2, 2))
+    assert upscaling.target_size((12, 17), [2, 3]) == ((24, 51), (2, 3))
+    assert upscaling.target_size((12, 17), size=np.array([12, 34])) == ((12, 34), (1, 2))
+    assert upscaling.target_size((12, 17), 2, max_pixels=816)[0] == (24, 34)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_sizes_that_are_taken(picture):
         (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
         (torch.full((3, 8, 8), 1.5), "divide by 255"),
         (torch.full((3, 8, 8), float("nan")), "NaN"),
-        ("photo.png", "gsr.image.read_image reads files"),
+        ("photo.png", "gsr.io.image.read_image reads files"),
         ([[1]], "not list"),
     ],
 )

@@ -12,15 +12,15 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from gsr import cli
-from gsr import inspection as look
-from gsr.checkpoint import save_model
+from gsr import viz as look
 from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
 from gsr.errors import InputError
-from gsr.image import read_image, to_tensor, write_image
+from gsr.io.image import read_image, to_tensor, write_image
 from gsr.models import GaussianSR
-from gsr.models.official import shared_splat, window_kernels
+from gsr.models.checkpoint import save_model
+from gsr.models.heads.official import shared_splat, window_kernels
 from gsr.ops import splat_at
-from gsr.resize import bicubic
+from gsr.ops.resize import bicubic
 
 
 def random_model(mode, **bank):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsr import reference
+from gsr.ops import reference
 
 HERE = Path(__file__).resolve().parent
 

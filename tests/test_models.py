@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gsr.errors import InputError
-from gsr.models import resolve_size
+from gsr.models.sizes import resolve_size
 
 
 @pytest.mark.parametrize(

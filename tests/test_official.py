@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 
 from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
-from gsr.data import pixel_coords
+from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
-from gsr.models import GaussianSR, decoder
-from gsr.models.official import shared_splat, window_kernels, window_side
+from gsr.models import GaussianSR
+from gsr.models.heads import decoder
+from gsr.models.heads.official import shared_splat, window_kernels, window_side
 from gsr.models.published import load_published
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"

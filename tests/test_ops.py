@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gsr import ops, reference
-from gsr.ops import splat, splat_at, splat_windows
+from gsr import ops
+from gsr.ops import reference, splat, splat_at, splat_windows
 
 
 def inputs(b=2, k=2, c=3, h=5, w=4, dtype=torch.float64, seed=0):
@@ -210,7 +210,7 @@ def test_a_band_of_the_picture_is_enough(form, rows, band, monkeypatch):
     """Rows, and gradients, from the LR rows around them alone are those of the whole picture."""
     (*tensors, offset), _, _ = whole = inputs(h=9)[0] + [inputs(h=9)[1]], None, None
     if form == "without Numba":
-        monkeypatch.setattr("gsr.cpu._loops", lambda: None)
+        monkeypatch.setattr("gsr.ops.cpu._loops", lambda: None)
     function = reference.splat if form == "reference" else splat
     first, last = ops.rows_needed(rows, 9, 25, 1)
     assert band[0] <= first and last - first < 9

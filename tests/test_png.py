@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from gsr.errors import InputError
-from gsr.png import COLOURS, _paeth, png_writer
+from gsr.io.png import COLOURS, _paeth, png_writer
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -66,7 +66,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     def full(data, value=0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gsr.png.zlib.crc32", full)  # as the write beside it would
+    monkeypatch.setattr("gsr.io.png.zlib.crc32", full)  # as the write beside it would
     with pytest.raises(InputError, match=r"a.png cannot be written: No space left"):
         with png_writer(tmp_path / "a.png", (2, 2), 3) as write:
             write(np.zeros((2, 2, 3), np.uint8))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gsr.errors import InputError
-from gsr.image import read_image
-from gsr.resize import imresize
+from gsr.io.image import read_image
+from gsr.ops.resize import imresize
 
 
 def keys(x: Fraction) -> Fraction:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gsr.ops import splat, splat_at
-from gsr.reference import grid_points
+from gsr.ops.reference import grid_points
 
 
 def gaussians(b=1, k=2, c=3, h=4, w=5, seed=0, dtype=torch.float32):

@@ -8,7 +8,7 @@ from torch import nn
 
 import gsr
 from gsr.config import EncoderConfig, ModelConfig
-from gsr.stream import Band, Chain, Convolution, Layer, Residual, Skip
+from gsr.models.stream import Band, Chain, Convolution, Layer, Residual, Skip
 
 
 def network(seed=0):

@@ -18,17 +18,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gsr import inspection, training
-from gsr.checkpoint import BUNDLED, load_model
+from gsr import training
+from gsr import viz as inspection
 from gsr.config import load_config
-from gsr.data import Batch, pixel_coords
+from gsr.data.patches import Batch, pixel_coords
 from gsr.errors import InputError
-from gsr.image import list_images, to_uint8
-from gsr.inspection import draw_gaussians
-from gsr.models.bank import assign
-from gsr.paths import alone
-from gsr.resize import bicubic
+from gsr.io.image import list_images, to_uint8
+from gsr.io.paths import alone
+from gsr.models.checkpoint import BUNDLED, load_model
+from gsr.models.heads.bank import assign
+from gsr.ops.resize import bicubic
 from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
+from gsr.viz import draw_gaussians
 from tests.children import finish, start
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Cases of the kernels of `official`, against `gsr.reference`; JSON of their errors on stdout.
+"""Cases of the kernels of `official`, against `gsr.ops.reference`; JSON of their errors on stdout.
 
 python tests/window_cases.py, with TRITON_INTERPRET=1 where there is no GPU.
 """
@@ -13,8 +13,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from kernel_cases import GuardedAllocations, interpreted  # noqa: E402
 
-from gsr import reference  # noqa: E402
 from gsr.kernels import windows  # noqa: E402
+from gsr.ops import reference  # noqa: E402
 
 # batch, channels, rows and columns of windows, side of a window (LR), taps, side (HR), storage
 CASES = {

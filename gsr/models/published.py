@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gsr.checkpoint import assemble
 from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig, check
 from gsr.errors import InputError
 from gsr.models import GaussianSR
+from gsr.models.checkpoint import assemble
 
 # Published name, or start of it, to the name here.
 NAMES = {

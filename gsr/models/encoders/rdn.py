@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.stream import Chain, Convolution, Dense, Layer, Residual, Skip
+from gsr.models.stream import Chain, Convolution, Dense, Layer, Residual, Skip
 
 
 class DenseBlock(nn.Module):
@@ -32,7 +32,7 @@ class DenseBlock(nn.Module):
         return x + self.fuse(seen)
 
     def stream(self) -> Skip:
-        """`forward` for `gsr.stream`."""
+        """`forward` for `gsr.models.stream`."""
         return Skip(Chain(Dense(self.convs, torch.relu_), Convolution(self.fuse)))
 
 

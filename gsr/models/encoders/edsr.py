@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.stream import Chain, Convolution, Layer, Skip
+from gsr.models.stream import Chain, Convolution, Layer, Skip
 
 
 class ResBlock(nn.Module):
@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
         return torch.add(x, self.body(x), alpha=self.res_scale)
 
     def stream(self) -> Skip:
-        """`forward` for `gsr.stream`."""
+        """`forward` for `gsr.models.stream`."""
         first, relu, second = self.body
         return Skip(Chain(Convolution(first, relu), Convolution(second)), self.res_scale)
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from gsr.config import ModelConfig
 from gsr.errors import InputError
-from gsr.models.bank import BankEncoded, BankHead, GaussianBank
-from gsr.models.decoder import neighbourhoods
+from gsr.models.heads.bank import BankEncoded, BankHead, GaussianBank
+from gsr.models.heads.decoder import neighbourhoods
 from gsr.ops import rows_needed, splat_windows
-from gsr.resize import bicubic
+from gsr.ops.resize import bicubic
 
 
 def whole_windows(x: Tensor, window: int, rows=None, band=None) -> Tensor:
     """Resize [B, C, h, w] bicubically to the next multiples of `window`; identity if it is one.
 
-    `rows` (top, end) gives only those rows of windows; `band` is that of `gsr.resize.bicubic`.
+    `rows` (top, end) gives only those rows of windows; `band` is that of `gsr.ops.resize.bicubic`.
     """
     top, h = band or (0, x.shape[-2])
     size = tuple(math.ceil(n / window) * window for n in (h, x.shape[-1]))

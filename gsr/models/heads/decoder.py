@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
 from gsr.device import at_once, each
-from gsr.resize import bicubic, bicubic_at, cubic
+from gsr.ops.resize import bicubic, bicubic_at, cubic
 
 STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
 QUERIES = 2**12  # HR pixels decoded at a time where single ones are asked for
@@ -46,9 +46,9 @@ def relative(q: Tensor, n: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _loops():
-    """`gsr.models.decode_cpu`, or None where Numba does not run."""
+    """`gsr.models.heads.decode_cpu`, or None where Numba does not run."""
     try:
-        from gsr.models import decode_cpu
+        from gsr.models.heads import decode_cpu
     except ImportError:
         return None
     return decode_cpu
@@ -325,7 +325,7 @@ def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column
 
 
 def bicubic_neighbours(x: Tensor, size: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
-    """The 3 x 3 pixels around HR pixels (row, column) of `gsr.resize.bicubic(x, size, rows)`.
+    """The 3 x 3 pixels around HR pixels (row, column) of `gsr.ops.resize.bicubic(x, size, rows)`.
 
     Nine neighbours of an HR pixel share most of their LR pixels (36 or fewer from x1 upwards), so
     these are fetched once and combined by one small matrix a query.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import LTEConfig, ModelConfig
-from gsr.models.decoder import merged, modulated
-from gsr.models.liif import EnsembleHead, make_layers, perceptron
+from gsr.models.heads.decoder import merged, modulated
+from gsr.models.heads.liif import EnsembleHead, make_layers, perceptron
 
 
 class LTEEncoded(NamedTuple):

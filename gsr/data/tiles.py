@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gsr.download import Source, check_address, describe_bytes, obtain
+from gsr.data.fetch import Source, check_address, describe_bytes, obtain
 from gsr.errors import InputError
-from gsr.paths import alone, as_json, make_folder, usable
+from gsr.io.paths import alone, as_json, make_folder, usable
 
 EPILOG = """\
 examples:
@@ -134,7 +134,7 @@ def download(
     progress: bool = False,
     say: Callable[[str], Any] = lambda text: None,
 ) -> None:
-    """Download a set of `SETS` into a folder; see `gsr.download.obtain` for what can go wrong.
+    """Download a set of `SETS` into a folder; see `gsr.data.fetch.obtain` for what can go wrong.
 
     Args:
         url: a mirror: the address of the folder with the archives, or of the one archive.
@@ -187,7 +187,7 @@ class Tiling:
             raise InputError(f"format (--format) must be one of {', '.join(FORMATS)}")
 
 
-FORMATS = ("png", "tiff", "bmp")  # those that gsr.image writes without loss
+FORMATS = ("png", "tiff", "bmp")  # those that gsr.io.image writes without loss
 PLAN = "prepare.json"
 
 
@@ -296,7 +296,7 @@ def _prepare(
     source: Path, output: Path, tiling: Tiling, workers: int, progress: bool
 ) -> dict[str, Any]:
     """`prepare` in a folder that no other run works in."""
-    from gsr.image import remove_left_over, write_atomic
+    from gsr.io.image import remove_left_over, write_atomic
 
     report_file = output / PLAN
     old = _read_plan(report_file, tiling)
@@ -383,14 +383,14 @@ def describe(report: dict[str, Any], most: int = 10) -> str:
 
 
 def _list(source: Path) -> list[Path]:
-    from gsr.image import list_images
+    from gsr.io.image import list_images
 
     return list_images(source)
 
 
 def _inspect(path: str, min_side: int) -> dict[str, Any]:
     """What `check` reports of one picture: its facts, or the reason to refuse it."""
-    from gsr.image import read_image
+    from gsr.io.image import read_image
 
     try:
         array = read_image(path)
@@ -429,7 +429,7 @@ def _cut(
 
     `lengths` are the bytes that each had when it was written, where a report tells.
     """
-    from gsr.image import read_image, write_image
+    from gsr.io.image import read_image, write_image
 
     cuts = boxes(*size, tiling)
     if not isinstance(lengths, list) or len(lengths) != len(cuts):
@@ -454,7 +454,7 @@ def _is_there(path: Path, size: tuple[int, int], length: int | None) -> bool:
     """
     from PIL import Image
 
-    from gsr.image import read_image
+    from gsr.io.image import read_image
 
     try:
         if length is None:
@@ -513,7 +513,7 @@ def _read_plan(file: Path, tiling: Tiling) -> dict[str, dict[str, Any]]:
 
 def _check_foreign(output: Path, tiles: set[Path]) -> None:
     """A training would take every picture below `output`, so there must be no other."""
-    from gsr.image import READ_SUFFIXES
+    from gsr.io.image import READ_SUFFIXES
 
     for path in output.rglob("*"):
         name = path.relative_to(output)
@@ -560,7 +560,7 @@ def _map(function: Callable[..., Any], items: list[tuple], workers: int) -> Iter
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload(["gsr.image"])
+        context.set_forkserver_preload(["gsr.io.image"])
     pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts)
     try:
         for future in [pool.submit(function, *item) for item in items]:
@@ -677,7 +677,7 @@ def _download_command(args: argparse.Namespace) -> None:
 
 
 def _prepare_command(args: argparse.Namespace) -> None:
-    from gsr.image import write_atomic
+    from gsr.io.image import write_atomic
 
     if args.output is None and not args.check:
         raise InputError("OUTPUT is missing: name a folder for the tiles, or only --check")

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gsr import distributed
 from gsr.config import BYTES, DataConfig
 from gsr.errors import InputError
-from gsr.image import TEMPORARY, list_images, read_image, write_atomic
-from gsr.paths import make_folder
+from gsr.io.image import TEMPORARY, list_images, read_image, write_atomic
+from gsr.io.paths import make_folder
 
 CACHE_DIR = ".gsr-cache"  # in the folder of the pictures, where `list_images` does not look
 

@@ -1,13 +1,13 @@
-"""The splat on the CPU: what `gsr.reference.splat` and `splat_at` compute, in compiled loops.
+"""The splat on the CPU: what `gsr.ops.reference.splat` and `splat_at` compute, in compiled loops.
 
 Four plain functions of CPU tensors, without autograd: `forward` and `backward` for an HR grid,
 `forward_at` and `backward_at` for points. The loops need Numba, the extra `cpu`. It is imported at
 the first call and then compiles for some seconds; later processes read its cache. Without Numba the
-functions run `gsr.reference` piece by piece.
+functions run `gsr.ops.reference` piece by piece.
 
 Arguments are those of `gsr.ops.splat`, which checks them; tensors may have any strides. Half
 precision is computed in float32. The result has the promoted type of the tensors, as in
-`gsr.reference`, and every gradient the type of its tensor.
+`gsr.ops.reference`, and every gradient the type of its tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsr import reference
+from gsr.ops import reference
 
 CHANNELS = 16  # the loops are compiled for a number of channels; beyond this one, in parts
 THREAD = 1 << 20  # weights, about 0.2 ms: what is worth starting a thread for
@@ -42,7 +42,7 @@ def forward(
     eps: float,
     band: tuple[int, int] | None = None,  # (top, height of the LR picture)
 ) -> Tensor:
-    """`gsr.reference.splat`: [B, C, last - first, W]."""
+    """`gsr.ops.reference.splat`: [B, C, last - first, W]."""
     where = _Rows(*size, *(rows or (0, size[0])), *(band or (0, values.shape[-2])))
     return _forward((values, sigma, rho, opacity, offset), where, radius, normalize, eps)
 
@@ -66,7 +66,7 @@ def forward_at(
     normalize: bool,
     eps: float,
 ) -> Tensor:
-    """`gsr.reference.splat_at`: [B, Q, C]."""
+    """`gsr.ops.reference.splat_at`: [B, Q, C]."""
     where = _Points(points.detach())
     return _forward((values, sigma, rho, opacity, offset), where, radius, normalize, eps)
 
@@ -114,9 +114,9 @@ def _loops_for(field):
 
 @functools.lru_cache(maxsize=1)
 def _loops():
-    """`gsr.cpu_loops`, or None where Numba does not run."""
+    """`gsr.ops.cpu_loops`, or None where Numba does not run."""
     try:
-        from gsr import cpu_loops
+        from gsr.ops import cpu_loops
     except ImportError as error:
         print(
             f"gsr: the splat runs many times slower than it could on this CPU ({error}); "
@@ -155,7 +155,7 @@ class _Rows:
         return self.top, self.tall
 
     def cells(self, loops, b, h, w, dtype):
-        """As gsr.cpu_loops.Cells, and the first and last LR row that have pixels."""
+        """As gsr.ops.cpu_loops.Cells, and the first and last LR row that have pixels."""
         row, y, top = _axis(h, self.height)
         _, x, left = _axis(w, self.width)
         none, top = np.empty(0, np.int64), np.clip(top, self.first, self.last)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.stream import Band, Chain, Convolution, Layer, Node, Skip, Waiting, join
+from gsr.models.stream import Band, Chain, Convolution, Layer, Node, Skip, Waiting, join
 
 MLP_RATIO = 2  # hidden channels of a block's MLP, over its channels
 
@@ -131,7 +131,7 @@ class Group(nn.Module):
         return x + self.conv(self.blocks(x))
 
     def stream(self) -> Skip:
-        """`forward` for `gsr.stream`."""
+        """`forward` for `gsr.models.stream`."""
         return Skip(Chain(*[Windows(block) for block in self.blocks], Convolution(self.conv)))
 
 
@@ -215,7 +215,7 @@ def normal(lr: Tensor) -> Tensor:
 
 
 class Windows:
-    """A `Block` for `gsr.stream`: rows wait until their windows are complete."""
+    """A `Block` for `gsr.models.stream`: rows wait until their windows are complete."""
 
     def __init__(self, block: Block):
         self.block, self.held = block, Waiting()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gsr.config import LIIFConfig, ModelConfig
 from gsr.device import at_once, each, product_type
-from gsr.models.decoder import QUERIES, affine, relative_cell
+from gsr.models.heads.decoder import QUERIES, affine, relative_cell
 from gsr.ops import rows_needed
 
 PIXELS = 2**9  # HR pixels that a thread decodes at a time: 2 MB a layer, which stay in the cache

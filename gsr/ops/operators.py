@@ -1,9 +1,9 @@
 """The operators: what other code should call. Differentiable, compilable, exportable.
 
 `splat` and `splat_at` render Gaussians on a grid of LR pixels, `splat_windows` is the splat
-of the published code. Each computes what the function of the same name in `gsr.reference` computes,
-in the form that suits the tensors: Triton kernels on CUDA, compiled loops on the CPU (`gsr.cpu`),
-the reference piece by piece everywhere else.
+of the published code. Each computes what the function of the same name in `gsr.ops.reference`
+computes, in the form that suits the tensors: Triton kernels on CUDA, compiled loops on the CPU
+(`gsr.ops.cpu`), the reference piece by piece everywhere else.
 
 In PyTorch's registry they are `gsr::splat`, `gsr::splat_at`, `gsr::splat_windows`; their backward
 passes have `_backward` added to the name. They can be differentiated once.
@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gsr import reference
+from gsr.ops import reference
 
 
 def splat(
@@ -58,7 +58,7 @@ def splat(
         ValueError: a shape, type or device does not fit, `rows` are not rows of the picture, or the
             band lacks LR rows.
 
-    Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.reference.splat_at`.
+    Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.ops.reference.splat_at`.
     """
     _check(values, sigma, rho, opacity, offset, radius)
     rows = (0, size[0]) if rows is None else rows
@@ -128,7 +128,7 @@ def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> T
     Raises:
         ValueError: the shapes do not fit.
 
-    Source: the published code; formula in `gsr.reference.splat_windows`.
+    Source: the published code; formula in `gsr.ops.reference.splat_windows`.
     """
     n = kernels.shape[0]
     window = math.isqrt(n)
@@ -187,7 +187,7 @@ def _form(values: Tensor):
     if _runs_triton(values):
         from gsr.kernels import splat as form
     else:
-        from gsr import cpu as form
+        from gsr.ops import cpu as form
     return form
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from gsr.errors import InputError
-from gsr.paths import check_takes_files, usable
+from gsr.io.paths import check_takes_files, usable
 
 # What is read when a folder is searched, and how each suffix is written.
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")

@@ -1,4 +1,4 @@
-"""The loops of the CPU splat, compiled by Numba; `gsr.cpu` prepares their arguments.
+"""The loops of the CPU splat, compiled by Numba; `gsr.ops.cpu` prepares their arguments.
 
 The HR pixels (or query points) nearest to one LR pixel are its cell, and all of them sum over the
 same Gaussians. One cell has few pixels, so the loops put LANES neighbouring cells side by side:
@@ -14,8 +14,8 @@ A Gaussian is kept as its centre, the whitening (a, b) of d = point - centre, an
 
     a = l_yy d_y + l_yx d_x    b = l_xx d_x    weight = opacity 2^-(a a + b b)
 
-which is the formula of `gsr.reference.splat_at` with the Cholesky factor of its quadratic form. The
-sum of two squares does not cancel, as the form does when |rho| is near 1.
+which is the formula of `gsr.ops.reference.splat_at` with the Cholesky factor of its quadratic form.
+The sum of two squares does not cancel, as the form does when |rho| is near 1.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsr.config import ModelConfig
-from gsr.models.bank import BankEncoded, BankHead, BoundedBank, around, pick
+from gsr.models.heads.bank import BankEncoded, BankHead, BoundedBank, around, pick
 from gsr.ops import rows_needed, splat, splat_at
 
 EPS = 1e-12  # far below the least total weight, see BoundedBank: constant features stay constant

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.ops import rows_needed, splat, splat_at
-from gsr.resize import bicubic, bicubic_at
+from gsr.ops.resize import bicubic, bicubic_at
 
 CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
 

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 
 from gsr.errors import InputError
-from gsr.image import READ_SUFFIXES, list_images, read_image
+from gsr.io.image import READ_SUFFIXES, list_images, read_image
+from gsr.io.paths import usable
 from gsr.metrics import SSIM_WINDOW, Protocol, as_protocol, check_size
-from gsr.paths import usable
-from gsr.resize import imresize
+from gsr.ops.resize import imresize
 
 MAX_SCALE = 1000
 

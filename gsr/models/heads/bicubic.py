@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gsr.config import ModelConfig
 from gsr.device import product_type
-from gsr.models.decoder import FourierDecoder, neighbourhoods
+from gsr.models.heads.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
-from gsr.resize import bicubic_rows
+from gsr.ops.resize import bicubic_rows
 
 
 class BicubicEncoded(NamedTuple):

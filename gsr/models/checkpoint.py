@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from gsr.config import ModelConfig, from_dict, to_dict
 from gsr.errors import InputError
-from gsr.paths import make_folder, usable
+from gsr.io.paths import make_folder, usable
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
 FORMAT = 2  # of config.json; raised when older code could not read it any more
-BUNDLED = Path(__file__).parent / "weights" / "gsr-lite"
+BUNDLED = Path(__file__).parents[1] / "weights" / "gsr-lite"
 _FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
 
 
@@ -114,7 +114,7 @@ def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None 
     """
     from safetensors.torch import save
 
-    from gsr.image import write_atomic
+    from gsr.io.image import write_atomic
 
     folder = make_folder(folder)
     # contiguous: weights may be channels_last, which a safetensors file cannot say.

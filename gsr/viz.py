@@ -32,14 +32,14 @@ from torch import Tensor
 from gsr.describe import called_after, describe_model
 from gsr.errors import InputError
 from gsr.evaluation import check_finite
-from gsr.infer import inference
-from gsr.models.bank import BankHead, assign
-from gsr.models.direct import DirectHead
-from gsr.models.official import OfficialHead, whole_windows, window_kernels, window_side
+from gsr.inference.strips import inference
+from gsr.models.heads.bank import BankHead, assign
+from gsr.models.heads.direct import DirectHead
+from gsr.models.heads.official import OfficialHead, whole_windows, window_kernels, window_side
+from gsr.models.stream import Band, join
 from gsr.ops import splat
-from gsr.reference import grid_points
+from gsr.ops.reference import grid_points
 from gsr.report import parse_box
-from gsr.stream import Band, join
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -383,7 +383,7 @@ def _shared(
 ) -> Gaussians:
     """The Gaussians that `official` splats: those of a mean window, in every window.
 
-    Where they stand is `gsr.reference.window_placement`, whose taps lie about the middle one.
+    Where they stand is `gsr.ops.reference.window_placement`, whose taps lie about the middle one.
     """
     window, taps = head.config.window, head.config.kernel_size
     field = torch.cat([f.sigma[:, 0], f.opacity, f.rho], dim=1)
@@ -455,7 +455,7 @@ def check_drawing(size: Sequence[int], zoom: int) -> None:
 def contours(sigma: np.ndarray, rho: np.ndarray, corners: int = CORNERS) -> np.ndarray:
     """Points (y, x) about the centre where q = 1: sigma [n, 2], rho [n] in (-1, 1) to [n, c, 2].
 
-    q is that of `gsr.reference.splat_at`: a Gaussian has fallen to exp(-1/2) of its peak there.
+    q is that of `gsr.ops.reference.splat_at`: a Gaussian has fallen to exp(-1/2) of its peak there.
     """
     t = 2 * np.pi * np.arange(corners) / corners
     rho = rho[:, None]
@@ -750,11 +750,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     args = parser.parse_args(argv)
 
-    from gsr.checkpoint import load
     from gsr.device import pick_device, set_threads
-    from gsr.image import read_image, write_atomic, write_image
-    from gsr.models import check_scale
-    from gsr.paths import as_json, check_takes_files, make_folder, usable
+    from gsr.io.image import read_image, write_atomic, write_image
+    from gsr.io.paths import as_json, check_takes_files, make_folder, usable
+    from gsr.models.checkpoint import load
+    from gsr.models.sizes import check_scale
 
     # All that can be wrong with the arguments is found before the model is loaded.
     set_threads(args.threads)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from gsr.image import atomic_file
+from gsr.io.image import atomic_file
 
 COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and alpha, RGB, RGBA
 

@@ -36,7 +36,7 @@ from urllib.parse import urlsplit
 
 from gsr import __version__
 from gsr.errors import InputError
-from gsr.paths import alone, make_folder, usable
+from gsr.io.paths import alone, make_folder, usable
 
 TRIES = 5  # in a row that bring nothing new
 TIMEOUT = 60  # seconds without a byte
@@ -210,7 +210,7 @@ def check_address(url: str) -> None:
 
 def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
     """One request for what is missing. OSError or HTTPException where another may do better."""
-    from gsr.image import write_atomic
+    from gsr.io.image import write_atomic
 
     note = _read_note(part)
     have = _length(part) if note.get("url") == url else 0
@@ -565,7 +565,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _count(folder: Path) -> int:
     """Pictures in a folder, not below it."""
-    from gsr.image import READ_SUFFIXES
+    from gsr.io.image import READ_SUFFIXES
 
     paths = _visible(folder) if folder.is_dir() else []
     return sum(path.suffix.lower() in READ_SUFFIXES for path in paths)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsr.resize import cubic
+from gsr.ops.resize import cubic
 
 if numba.config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -341,12 +341,12 @@ class _Neighbourhoods(torch.autograd.Function):
 
 
 def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column: Tensor) -> Tensor:
-    """`gsr.models.decoder.neighbourhoods`, which says what the arguments are."""
+    """`gsr.models.heads.decoder.neighbourhoods`, which says what the arguments are."""
     h, w = features.shape[-2:]
     step = torch.arange(-1, 2)
     pixel = torch.stack([row, column], dim=-1)[..., None] + step  # [B, Q, 2, 3]
     outside = (pixel < 0) | (pixel >= torch.tensor(size)[:, None])
-    # As in `gsr.resize.bicubic`: rows in float64, columns as PyTorch has them, in float32.
+    # As in `gsr.ops.resize.bicubic`: rows in float64, columns as PyTorch has them, in float32.
     y = (pixel[:, :, 0] + 0.5).double() * h / size[0] - 0.5
     x = torch.tensor(float(w)) / size[1] * (pixel[:, :, 1] + 0.5) - 0.5
     position = torch.stack([y, x.double()], dim=2)

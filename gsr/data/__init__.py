@@ -1,0 +1,1 @@
+"""Training and evaluation data: patches, degradations, benchmark folders, tiles, downloads."""

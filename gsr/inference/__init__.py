@@ -1,0 +1,1 @@
+"""Upscaling images of any size in bounded memory."""

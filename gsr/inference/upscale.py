@@ -1,0 +1,313 @@
+"""Upscale images of any kind: Pillow images, arrays and tensors in, the same kind out.
+
+`upscale` is the public function. The work is done strip by strip (`gsr.inference.strips`), so that
+memory stays bounded; `upscale_to_png` does not even hold the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gsr.errors import InputError
+from gsr.inference.strips import StripRenderer, inference, model_device, progress_bar
+
+if TYPE_CHECKING:
+    from gsr.models import GaussianSR
+
+MAX_PIXELS = 400_000_000  # largest output, unless the caller raises it: 1.2 GB as bytes
+
+
+def target_size(
+    shape: tuple[int, int],
+    scale: float | Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Size (H, W) and scale (s_y, s_x) of the enlargement of a picture of `shape` (h, w).
+
+    Exactly one of scale (a number, or (s_y, s_x), each from 1 to a million) and size ((H, W),
+    each at least that of the picture) is given. Size from scale is rounded to whole pixels.
+    Raises InputError for anything else, or for more than `max_pixels` pixels.
+    """
+    from gsr.models.sizes import check_scale, resolve_size
+
+    if (scale is None) == (size is None):
+        raise InputError("give either scale or size, exactly one of them")
+    h, w = shape
+    if scale is not None and (least := min(check_scale(scale))) < 1:
+        raise InputError(
+            f"scale {least} is below 1; gsr only enlarges, Pillow's Image.resize shrinks"
+        )
+    out, scales = resolve_size(shape, size, scale)
+    if min(scales) < 1:
+        raise InputError(
+            f"the size {out[1]} x {out[0]} (width x height) is below the picture's {w} x {h}; "
+            "gsr only enlarges, Pillow's Image.resize shrinks"
+        )
+    if out[0] * out[1] > max_pixels:
+        raise InputError(
+            f"the result would have {out[1]} x {out[0]} = {out[0] * out[1]:,} pixels, more than "
+            f"max_pixels (--max-pixels) = {max_pixels:,}; enlarge less, or raise that limit"
+        )
+    return out, scales
+
+
+def upscale(
+    image: Any,
+    scale: float | Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    model: GaussianSR | None = None,
+    progress: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
+    precision: str = "auto",
+) -> Any:
+    """Enlarge a picture to any size; the same kind of object comes back, values clamped.
+
+    `image` is one of
+      * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette picture comes back as RGB
+        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is enlarged bicubically. An
+        ICC profile is kept and an EXIF orientation carried out (size then means upright).
+      * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8 or in [0, 1]
+      * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
+    Give exactly one of `scale`, a number or (s_y, s_x), each at least 1, and `size`, whole numbers
+    (H, W), at least the picture's. `model` is the bundled one (`gsr.load()`) if left out, and
+    computes on its own device. `progress` shows a bar on stderr; `max_pixels` bounds H * W;
+    `max_memory` is how many bytes the process may hold at a time, picture and result included.
+
+    `precision` is "fp32", "bf16" or "auto". Auto takes bf16 for large pictures where the processor
+    has it, if it loses at most 0.01 dB in giving back a part of this picture from its half size.
+
+    Raises InputError for another kind, shape or dtype of picture, values that are not finite or
+    outside [0, 1], and sizes or scales that are not as above.
+    """
+    model = _usable_model(model)
+    with progress_bar(progress) as bar:
+        fill = functools.partial(_fill, model, max_memory, precision, bar)
+        if isinstance(image, torch.Tensor):
+            return _upscale_tensor(image, scale, size, max_pixels, fill)
+        if isinstance(image, np.ndarray):
+            return _upscale_array(image, scale, size, max_pixels, fill)
+        from PIL import Image
+
+        if isinstance(image, Image.Image):
+            return _upscale_pil(image, scale, size, max_pixels, fill)
+    raise InputError(
+        "image must be a Pillow image, a NumPy array or a torch tensor, "
+        f"not {type(image).__name__}; gsr.io.image.read_image reads files"
+    )
+
+
+def _usable_model(model) -> GaussianSR:
+    """The model, or the bundled one for None."""
+    if model is None:
+        return _bundled()
+    if not (hasattr(model, "encode") and hasattr(model, "render")):
+        raise InputError(
+            f"model must be a GaussianSR, as gsr.load(path) returns, not {type(model).__name__}"
+        )
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _bundled() -> GaussianSR:
+    from gsr.models.checkpoint import load
+
+    return load()
+
+
+def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
+    shape = list(image.shape)
+    if image.ndim not in (3, 4) or shape[-3] != 3:
+        hint = "; permute(2, 0, 1) puts channels first" if shape[-1:] == [3] else ""
+        raise InputError(f"a tensor must be [3, h, w] or [B, 3, h, w], not {shape}{hint}")
+    if 0 in shape:
+        raise InputError(f"a tensor must not be empty, as {shape} is")
+    if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
+        raise InputError(f"a tensor must be uint8 or float in [0, 1], not {image.dtype}")
+    out, scales = target_size(tuple(shape[-2:]), scale, size, max_pixels)
+    image = image.detach()
+    if image.dtype != torch.uint8:
+        _check_range(float(image.min()), float(image.max()))
+    batch = image if image.ndim == 4 else image[None]
+    result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
+    for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one picture
+        fill(lr, out, scales, hr)
+    return result if image.ndim == 4 else result[0]
+
+
+def _fill(
+    model, max_memory, precision, bar, lr: torch.Tensor, out, scales, hr: torch.Tensor, later=0
+):
+    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type.
+
+    `later` is the bytes that the caller will take besides hr.
+    """
+
+    def put(start: int, stop: int, strip: torch.Tensor) -> None:
+        hr[:, start:stop] = strip
+
+    _render(model, max_memory, precision, bar, lr, out, scales, put, hr.nbytes + later)
+
+
+def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int) -> None:
+    """put(first row, end row, HR rows) for the enlarged lr [3, h, w] or [1, h, w], from the top.
+
+    They have as many planes, and are uint8 if lr is; `result` is the bytes that the caller takes.
+    """
+    device = model_device(model)
+
+    def source(first: int, end: int) -> torch.Tensor:
+        rows = lr[:, first:end].to(device).float().expand(3, -1, -1)[None]
+        return rows / 255 if lr.dtype == torch.uint8 else rows
+
+    shape = (1, 3, *lr.shape[-2:])
+    with inference(model):
+        work = StripRenderer(model, source, shape, out, scales, precision, bar)
+        work.fit(max_memory, result)
+        for start, stop, strip in work.strips():
+            strip = strip[0].clamp_(0, 1)
+            if lr.shape[0] == 1:
+                weights = strip.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+                strip = (strip * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
+            if lr.dtype == torch.uint8:
+                strip = strip.mul_(255).round_().to(torch.uint8)
+            put(start, stop, strip)
+
+
+def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
+    shape = list(image.shape)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3, 4)):
+        hint = "; transpose(1, 2, 0) puts channels last" if shape[:1] == [3] else ""
+        raise InputError(
+            f"an array must be [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], not {shape}{hint}"
+        )
+    if 0 in shape:
+        raise InputError(f"an array must not be empty, as {shape} is")
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
+        raise InputError(f"an array must be uint8 or float in [0, 1], not {image.dtype}")
+    out, scales = target_size(tuple(shape[:2]), scale, size, max_pixels)
+    if image.dtype != np.uint8:
+        _check_range(float(image.min()), float(image.max()))
+    planes = image if image.ndim == 3 else image[..., None]
+    channels = planes.shape[2]
+    if planes.dtype != np.uint8:
+        planes = planes.astype(np.float32)
+    if min(planes.strides) < 0 or not planes.flags.writeable:  # neither can be a tensor
+        planes = planes.copy()
+    result = np.empty((*out, channels), planes.dtype)
+    lr, hr = (_as_tensor(a) for a in (planes, result))
+    fill(lr, out, scales, hr)
+    if channels == 4:
+        result[..., 3] = _bicubic(planes[..., 3], out)
+    return (result if image.ndim == 3 else result[..., 0]).astype(image.dtype, copy=False)
+
+
+def _upscale_pil(image, scale, size, max_pixels, fill):
+    from PIL import Image
+
+    image = _upright(image)
+    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
+    array, alpha, profile = _planes(image)
+    result = np.empty((*out, array.shape[2]), np.uint8)
+    lr, hr = (_as_tensor(a) for a in (array, result))
+    # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
+    fill(lr, out, scales, hr, 7 * math.prod(out))
+    result = Image.fromarray(result[..., 0] if array.shape[2] == 1 else result)
+    if alpha is not None:
+        result.putalpha(Image.fromarray(_bicubic(alpha, out)))
+    if profile is not None:
+        result.info["icc_profile"] = profile
+    return result
+
+
+def upscale_to_png(
+    path: str | os.PathLike,
+    image: Any,
+    scale: float | Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    model: GaussianSR | None = None,
+    progress: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
+    precision: str = "auto",
+) -> tuple[int, int]:
+    """Write to a PNG file what `upscale` makes of a Pillow image; returns its size (H, W).
+
+    Strip by strip: the result is never in memory as a whole. The file appears when it is complete.
+    Arguments and errors are those of `upscale`, besides an InputError for a file that cannot be
+    written.
+    """
+    from gsr.io.png import png_writer
+
+    model = _usable_model(model)
+    image = _upright(image)
+    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
+    array, alpha, profile = _planes(image)
+    alpha = None if alpha is None else _bicubic(alpha, out)
+    channels = array.shape[2] + (alpha is not None)
+    with progress_bar(progress) as bar, png_writer(path, out, channels, profile) as write:
+
+        def put(start: int, stop: int, strip: torch.Tensor) -> None:
+            rows = strip.permute(1, 2, 0).cpu().numpy()
+            if alpha is not None:
+                rows = np.concatenate([rows, alpha[start:stop, :, None]], axis=2)
+            write(rows)
+
+        _render(model, max_memory, precision, bar, _as_tensor(array), out, scales, put, 0)
+    return out
+
+
+def _upright(image):
+    from gsr.io.image import upright
+
+    if 0 in image.size:
+        raise InputError("the picture has no pixels")
+    return upright(image)
+
+
+def _planes(image) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
+    """An upright Pillow image: uint8 [h, w, 1] (grey) or [h, w, 3], alpha [h, w], ICC profile."""
+    from gsr.io.image import has_alpha, to_rgb
+
+    grey = image.mode in ("L", "LA", "La", "1", "I", "F") or image.mode.startswith("I;16")
+    array = np.array(to_rgb(image))
+    alpha = np.asarray(image.convert("RGBA"))[..., 3] if has_alpha(image) else None
+    # The profile of a CMYK or Lab file does not describe RGB.
+    keeps = grey or image.mode in ("RGB", "RGBA", "RGBX", "P", "PA")
+    profile = image.info.get("icc_profile") if keeps else None
+    return np.ascontiguousarray(array[..., :1]) if grey else array, alpha, profile
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """[h, w, C] as [C, h, w], at most 3 planes, in the same memory."""
+    return torch.from_numpy(array).permute(2, 0, 1)[:3]
+
+
+def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """One plane [h, w], uint8 or float in [0, 1], enlarged to size (H, W) by Pillow, clamped."""
+    from PIL import Image
+
+    if plane.dtype == np.uint8:
+        picture = Image.fromarray(np.ascontiguousarray(plane))
+    else:
+        picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    enlarged = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return enlarged if plane.dtype == np.uint8 else enlarged.clip(0, 1)
+
+
+def _check_range(low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("the picture holds values that are not finite numbers (NaN or infinity)")
+    if low < 0 or high > 1:
+        hint = "; divide by 255" if low >= 0 and high <= 255 else ""
+        raise InputError(
+            f"a float picture must lie in [0, 1], but this one spans [{low:.4g}, {high:.4g}]{hint}"
+        )

@@ -1,0 +1,128 @@
+"""GaussianSR: an encoder at LR and a head that renders at any size.
+
+A mode is a head: a module with `encode` (features to Gaussians, all at LR), `render` (a whole
+picture), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
+`liif`, `lte` and `bicubic` are what they are compared with. To add one, write the class, name it in
+`gsr.models.registry` and the mode in `gsr.config.ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gsr.config import ModelConfig, check
+from gsr.errors import InputError
+from gsr.models.registry import make_encoder, make_head
+from gsr.models.sizes import check_picture, resolve_size
+from gsr.models.stream import Chain, Layer, Residual
+
+
+class GaussianSR(nn.Module):
+    """Arbitrary-scale super-resolution by 2D Gaussian splatting (Hu et al., AAAI 2025).
+
+    Args:
+        config: the architecture, see `gsr.config.ModelConfig`.
+
+    Raises:
+        InputError: the config breaks one of its limits.
+    """
+
+    def __init__(self, config: ModelConfig | None = None):
+        super().__init__()
+        self.config = check(config or ModelConfig())
+        self.encoder = make_encoder(self.config.encoder)
+        self.head = make_head(self.config)
+
+    @property
+    def halo(self) -> int:
+        """LR pixels on each side that `encode` looks at around one LR pixel."""
+        return self.encoder.halo + self.head.halo
+
+    def encode(self, lr: Tensor):
+        """LR picture [B, 3, h, w] in [0, 1] to a named tuple of tensors [B, ..., h, w].
+
+        All that is learnt at LR happens here, once, whatever is rendered afterwards. Raises
+        InputError for a tensor of another shape, an empty one, or one of integers.
+        """
+        check_picture(lr)
+        return self._encode(lr)
+
+    def _encode(self, lr: Tensor):
+        return self.head.encode(self.encoder(lr), lr)
+
+    def stream(self, last: Callable | None = None) -> Chain:
+        """`encode` by bands of rows, see `gsr.models.stream`.
+
+        An encoder without a stream of its own is run with its halo around each band. `last` takes
+        the place of the head's `encode`.
+        """
+        encoder = self.encoder
+        inner = encoder.stream() if hasattr(encoder, "stream") else Layer(encoder, encoder.halo)
+        both = Residual(inner, lambda lr, features: (*features, *lr))
+        return Chain(both, Layer(last or self.head.encode, self.head.halo))
+
+    def rows_needed(self, rows, lr_size, size, scale=None) -> tuple[int, int]:
+        """First and end of the LR rows of `encoded` on which HR rows (first, last) depend."""
+        size, scale = resolve_size(lr_size, size, scale)
+        return self.head.rows_needed(rows, lr_size, size, scale)
+
+    def render(self, encoded, size, scale=None, rows=None, band=None, shared=None) -> Tensor:
+        """HR picture [B, 3, H, W] of `size` (H, W) from `encode`'s result, not clamped.
+
+        Args:
+            scale: (s_y, s_x), matters to `official` only, see `resolve_size`.
+            rows: (first, last), renders only those rows of the picture.
+            band: (top, height): `encoded` holds only the rows from `top` on of a LR picture of that
+                height, among them those that `rows_needed` asks for.
+            shared: what `head.shared` has made of the whole picture, where the head has that.
+        """
+        h, w = encoded[0].shape[-2:]
+        size, scale = resolve_size((h if band is None else band[1], w), size, scale)
+        if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
+            raise InputError(f"rows {tuple(rows)} are not rows of a picture of height {size[0]}")
+        return self.head.render(encoded, size, scale, rows, band, shared)
+
+    def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
+        """Colours [B, Q, 3] of the HR picture of `size` at `coord` [B, Q, 2].
+
+        `coord` is (y, x) in [-1, 1]; HR pixel i of n has its centre at -1 + (2 i + 1) / n.
+        """
+        size, scale = resolve_size(encoded[0].shape[-2:], size, scale)
+        batch, shape = encoded[0].shape[0], list(coord.shape)
+        if coord.dim() != 3 or shape[0] != batch or shape[1] < 1 or shape[2] != 2:
+            raise InputError(f"coord must be [{batch}, Q, 2], Q at least 1, not {shape}")
+        return self.head.query(encoded, size, coord, scale)
+
+    def compile(self, **options) -> GaussianSR:
+        """Have torch.compile make what is learnt into kernels; returns the model itself.
+
+        `encode` becomes one graph and the decoder, where there is one, another, each for all
+        picture sizes and scales; the splats are kernels already. `options` go to torch.compile.
+        """
+        options = {"dynamic": True, "fullgraph": True, **options}
+        self._encode = torch.compile(self._encode, **options)
+        if hasattr(self.head, "decoder"):
+            self.head.decoder.rgb = torch.compile(self.head.decoder.rgb, **options)
+        return self
+
+    def forward(self, lr: Tensor, size=None, scale=None, coord: Tensor | None = None) -> Tensor:
+        """Upscale `lr` [B, 3, h, w] in [0, 1].
+
+        Args:
+            size: (H, W) of the result; or
+            scale: a number or (s_y, s_x), from which the size is round(h s_y), round(w s_x).
+                Both may be given: the published windows depend on the scale itself.
+            coord: [B, Q, 2]; if given, only these points are computed, see `query`.
+
+        Returns:
+            [B, 3, H, W], or [B, Q, 3] with `coord`; around [0, 1], not clamped.
+        """
+        check_picture(lr)
+        size, scale = resolve_size(lr.shape[-2:], size, scale)
+        encoded = self._encode(lr)
+        if coord is None:
+            return self.head.render(encoded, size, scale, None)
+        return self.head.query(encoded, size, coord, scale)
