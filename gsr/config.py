@@ -105,8 +105,49 @@ class ModelConfig:
 
 
 @dataclass
+class BlurConfig:
+    """Gaussian blur of an LR image."""
+
+    share: float = 0.3  # of the degraded patches
+    sigma: list[float] = field(default_factory=lambda: [0.2, 0.8])  # drawn between these, LR pixels
+
+
+@dataclass
+class NoiseConfig:
+    """Gaussian and Poisson (shot) noise on an LR image, in levels of 255."""
+
+    share: float = 0.3  # of the degraded patches
+    sigma: list[float] = field(default_factory=lambda: [0.0, 6.0])  # Gaussian, drawn between these
+    shot: list[float] = field(default_factory=lambda: [0.0, 6.0])  # Poisson, where it is white
+    grey: float = 0.3  # share with the same noise in all channels
+
+
+@dataclass
+class JpegConfig:
+    """An LR image saved as JPEG."""
+
+    share: float = 0.85  # of the degraded patches
+    quality: list[int] = field(default_factory=lambda: [25, 95])  # drawn between these, both used
+    chroma_420: float = 0.8  # share at 4:2:0; the rest is at 4:4:4
+    twice: float = 0.1  # share that is saved a second time, on a shifted grid of blocks
+
+
+@dataclass
+class DegradeConfig:
+    """Mixture of degradations that LR patches are made with, see `gsr.data.degradations`."""
+
+    clean: float = 0.2  # share of patches that are plain bicubic
+    kernels: list[Literal["bicubic", "bilinear", "lanczos", "area"]] = field(
+        default_factory=lambda: ["bicubic", "bilinear", "lanczos", "area"]
+    )  # resampling of the other patches, drawn equally
+    blur: BlurConfig = field(default_factory=BlurConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    jpeg: JpegConfig = field(default_factory=JpegConfig)
+
+
+@dataclass
 class DataConfig:
-    train: str = "data/train"  # folder of HR pictures, searched recursively
+    train: str | dict[str, float] = "data/train"  # folder of HR images, or several with shares
     val: str | None = None  # folder of HR pictures; None: val_count of train, set aside
     val_count: int = 10  # pictures used for validation
     patch: int = 48  # LR patch side, pixels
@@ -114,7 +155,8 @@ class DataConfig:
     scale_max: float = 4.0  # one scale per batch, uniform in [scale_min, scale_max]
     queries: int = 2304  # HR pixels sampled per patch, without replacement
     batch: int = 16  # patches of an optimiser step, over all processes and micro-batches
-    repeat: int = 20  # times each picture is visited per epoch
+    repeat: int = 20  # times each picture is visited per epoch, on average
+    degrade: DegradeConfig | None = None  # how LR is made of HR; None: Pillow's bicubic
     workers: int = 2  # loader processes of each training process; 0 loads in that one itself
     # Where decoded pictures are kept; true and false, as in older files, are memory and none. With
     # memory, each training process keeps its own, up to the whole budget.
@@ -219,6 +261,20 @@ def _list(key: str, longest: int, what: str, high: int) -> tuple:
     )
 
 
+def _shares(*keys: str) -> list[tuple]:
+    return [((key,), lambda c, k=key: 0 <= getattr(c, k) <= 1, "from 0 to 1") for key in keys]
+
+
+def _range(key: str, low: float, high: float) -> tuple:
+    return (
+        (key,),
+        lambda c: (
+            len(getattr(c, key)) == 2 and low <= getattr(c, key)[0] <= getattr(c, key)[1] <= high
+        ),
+        f"two numbers [least, most] from {low} to {high}",
+    )
+
+
 CHECKS: dict[type, list[tuple]] = {
     EncoderConfig: [
         *_between(1, WIDEST, "n_feats"),
@@ -276,8 +332,24 @@ CHECKS: dict[type, list[tuple]] = {
             "below encoder.n_feats",
         ),
     ],
+    BlurConfig: [*_shares("share"), _range("sigma", 0, 100)],
+    NoiseConfig: [*_shares("share", "grey"), _range("sigma", 0, 255), _range("shot", 0, 255)],
+    JpegConfig: [*_shares("share", "chroma_420", "twice"), _range("quality", 1, 100)],
+    DegradeConfig: [
+        *_shares("clean"),
+        (("kernels",), lambda c: len(c.kernels) > 0, "at least one kernel"),
+    ],
     DataConfig: [
-        *_filled("a folder", "train", "val", "cache_dir"),
+        *_filled("a folder", "val", "cache_dir"),
+        (
+            ("train",),
+            lambda c: (
+                c.train.strip() != ""
+                if isinstance(c.train, str)
+                else c.train and all(k.strip() and s > 0 for k, s in c.train.items())
+            ),
+            "a folder, or folders with shares above 0",
+        ),
         *_between(1, 1000, "scale_min", "scale_max"),
         *_between(8, WIDEST, "patch"),
         *_between(1, 1_000_000, "batch", "val_count"),
@@ -427,6 +499,7 @@ def _all_keys(cls: type, where: str) -> list[str]:
     keys = []
     for name, kind in get_type_hints(cls).items():
         keys.append(_join(where, name))
+        kind = next(filter(dataclasses.is_dataclass, get_args(kind)), kind)  # a section or null
         if dataclasses.is_dataclass(kind):
             keys += _all_keys(kind, _join(where, name))
     return keys
@@ -481,7 +554,17 @@ def _convert(kind: Any, value: Any, key: str, errors: list[str], known: list[str
         if value is None:
             return None
         (kind,) = (arg for arg in args if arg is not type(None))
+        if dataclasses.is_dataclass(kind):
+            return _build(kind, value, key, errors, known)
         origin, args, or_null = get_origin(kind), get_args(kind), " or null"
+    if kind == str | dict[str, float]:
+        if not isinstance(value, dict):
+            kind, origin, args = str, None, ()
+        else:
+            return {
+                str(name): _convert(float, share, f"{key}.{name}", errors, known)
+                for name, share in value.items()
+            }
     if origin is Literal and any(type(a) is type(value) and a == value for a in args):
         return value  # a YAML true is no 1
     if origin is list and isinstance(value, list):

@@ -28,6 +28,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -142,11 +143,13 @@ def _show_gaussians(board, model: GaussianSR, picture: np.ndarray, step: int) ->
     board.add_image("val/gaussians", drawn, step, dataformats="HWC")
 
 
-def describe_pictures(paths: list[Path], folder: str) -> str:
-    """How many pictures, and which: by a hash of their paths below the folder."""
-    names = "\0".join(path.relative_to(folder).as_posix() for path in paths)
+def describe_images(paths: Iterable[Path], folders: Iterable[str]) -> str:
+    """How many images, and which: by a hash of their paths below the folders, of any place."""
+    paths = list(paths)
+    homes = [next(f for f in folders if path.is_relative_to(f)) for path in paths]
+    names = "\0".join(p.relative_to(f).as_posix() for p, f in zip(paths, homes, strict=True))
     digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-    return f"{len(paths)} pictures ({digest[:16]} by their names)"
+    return f"{len(paths)} images ({digest[:16]} by their names)"
 
 
 def begun_with(folder: Path) -> Config:
@@ -218,14 +221,15 @@ class Trainer:
             self._check_free(state)
         set_threads(c.train.threads)
         self.device = distributed.pick(c.train.device)
-        train_paths, val_paths = split_pictures(c.data)
+        train, val_paths = split_pictures(c.data)
+        folders = [c.data.train] if isinstance(c.data.train, str) else list(c.data.train)
         self.pictures = {
-            "train": describe_pictures(train_paths, c.data.train),
-            "val": describe_pictures(val_paths, c.data.val or c.data.train),
+            "train": describe_images(train, folders),
+            "val": describe_images(val_paths, folders if c.data.val is None else [c.data.val]),
         }
         self.pairs = validation_pairs(val_paths) if self.leads else []
-        self.dataset = PatchDataset(train_paths, c.data)
-        self.per_epoch = steps_per_epoch(len(train_paths), c.data)
+        self.dataset = PatchDataset(train, c.data)
+        self.per_epoch = steps_per_epoch(self.dataset.visits, c.data)
         self.total = c.train.steps or c.train.epochs * self.per_epoch
 
         torch.manual_seed(c.train.seed)

@@ -99,9 +99,7 @@ def run(kernels=None) -> dict[str, float]:
             return big
 
         inputs = [far(*pair) for pair in zip(INPUTS, corner, strict=True)]
-        gradients = [
-            holes(f"d_{name}", *t.shape) for name, t in zip(INPUTS, inputs, strict=True)
-        ]
+        gradients = [holes(f"d_{name}", *t.shape) for name, t in zip(INPUTS, inputs, strict=True)]
         shared = {
             "K": K, "C": C, "CP": 4, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
         }  # fmt: skip

@@ -78,9 +78,7 @@ def test_compare(here, picture):
     upscale("-o", "out.png", "--scale", "4", "--compare", "both.png")
     both, large = read_image("both.png"), read_image("out.png")
     height, width = large.shape[:2]
-    bicubic = np.asarray(
-        Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-    )
+    bicubic = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(both[-height:, -width:], large)
     np.testing.assert_array_equal(both[-height:, :width], bicubic)
     # A label above each half, and the halves do not touch.
@@ -274,9 +272,10 @@ def test_as_a_process(here):
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("gsr: error: photo.png: scale 0.5") and len(
-        done.stderr.splitlines()
-    ) == 1
+    assert (
+        done.stderr.startswith("gsr: error: photo.png: scale 0.5")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_every_section_has_limits():
             if dataclasses.is_dataclass(field.default_factory):
                 yield from sections(field.default_factory)
 
-    assert set(sections(Config)) == set(CHECKS)
+    assert set(sections(Config)) <= set(CHECKS)
 
 
 def test_devices_and_threads(write):

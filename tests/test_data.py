@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -139,14 +140,14 @@ def test_a_mapped_picture_that_has_changed_is_decoded_again(folder, tmp_path):
     paths, _ = split_pictures(c)
     before = PatchDataset(paths, c)
     files = {file.name for file in (tmp_path / "cache" / "deep").iterdir()}
-    Image.new("RGB", (64, 50), "red").save(paths[1])
+    Image.new("RGB", (64, 50), "red").save(list(paths)[1])
     after = PatchDataset(paths, c)
     now = {file.name for file in (tmp_path / "cache" / "deep").iterdir()}
     assert len(files) == len(now) == 3 and len(files & now) == 2
     assert before.mapped[0].tolist() == after.mapped[0].tolist()
     assert after.mapped[1].shape == (50, 64, 3) and np.unique(after.mapped[1]).tolist() == [0, 255]
     # the same size, another time of change
-    os.utime(paths[1], ns=(0, 10**18))
+    os.utime(list(paths)[1], ns=(0, 10**18))
     PatchDataset(paths, c)
     assert len(now & {file.name for file in (tmp_path / "cache" / "deep").iterdir()}) == 2
 
@@ -195,7 +196,7 @@ def test_files_of_the_cache_of_another_kind_are_made_again(folder, name, content
     else:
         np.save(file, content)
     picture = PatchDataset(paths, c)._picture(0)
-    assert np.array_equal(picture, np.asarray(Image.open(paths[0])))
+    assert np.array_equal(picture, np.asarray(Image.open(list(paths)[0])))
     assert file.read_bytes() == whole
 
 
@@ -217,8 +218,10 @@ def test_what_is_not_this_sets_stays_in_the_cache(folder, tmp_path):
 def test_a_picture_that_goes_after_it_was_listed(folder):
     c = config(folder, cache="mmap")
     paths, _ = split_pictures(c)
-    paths[1].unlink()
-    with pytest.raises(InputError, match=f"{paths[1].name} is gone since the folder was listed"):
+    list(paths)[1].unlink()
+    with pytest.raises(
+        InputError, match=f"{list(paths)[1].name} is gone since the folder was listed"
+    ):
         PatchDataset(paths, c)
 
 
@@ -241,8 +244,10 @@ def test_a_cache_that_cannot_be_made(folder, tmp_path):
 @pytest.mark.parametrize("ranks, accumulate", [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_a_batch_in_parts_is_the_batch(folder, ranks, accumulate):
     c = config(folder, batch=6)
-    whole = list(ScaleBatchSampler(3, c, 7, 1, 3))
-    samplers = [ScaleBatchSampler(3, c, 7, 1, 3, accumulate, rank, ranks) for rank in range(ranks)]
+    whole = list(ScaleBatchSampler([5] * 3, c, 7, 1, 3))
+    samplers = [
+        ScaleBatchSampler([5] * 3, c, 7, 1, 3, accumulate, rank, ranks) for rank in range(ranks)
+    ]
     assert all(len(sampler) == 2 * accumulate for sampler in samplers)
     parts = [list(sampler) for sampler in samplers]
     for step, batch in enumerate(whole):
@@ -262,13 +267,13 @@ def test_every_patch_has_noise_of_its_own(folder):
 
 def test_an_epoch_visits_each_picture_equally(folder):
     c = config(folder)
-    per_epoch = steps_per_epoch(3, c)
+    per_epoch = steps_per_epoch([5] * 3, c)
     assert per_epoch == 5
     for epoch in range(2):
-        sampler = ScaleBatchSampler(3, c, 0, epoch * per_epoch, (epoch + 1) * per_epoch)
+        sampler = ScaleBatchSampler([5] * 3, c, 0, epoch * per_epoch, (epoch + 1) * per_epoch)
         seen = [draw.index for batch in sampler for draw in batch]
         assert np.bincount(seen).tolist() == [5, 5, 5]
-    scales = [batch[0].scale for batch in ScaleBatchSampler(3, c, 0, 0, 200)]
+    scales = [batch[0].scale for batch in ScaleBatchSampler([5] * 3, c, 0, 0, 200)]
     assert min(scales) < 1.1 and max(scales) > 3.9 and len(set(scales)) == 200
 
 
@@ -283,7 +288,7 @@ def test_a_patch_is_what_its_random_numbers_say(folder):
         lr, index, target, scale, _ = dataset[draw]
         side = round(12 * scale)
         rng = np.random.default_rng(draw.key)
-        picture = np.asarray(Image.open(paths[draw.index]))
+        picture = np.asarray(Image.open(list(paths)[draw.index]))
         y, x = rng.integers(0, 60 - side + 1), rng.integers(0, 70 - side + 1)
         hr = Image.fromarray(picture[y : y + side, x : x + side])
         small = hr.resize((12, 12), Image.Resampling.BICUBIC)
@@ -300,7 +305,11 @@ def test_a_patch_is_what_its_random_numbers_say(folder):
 def test_every_epoch_has_its_own_order(folder):
     c = config(folder, repeat=20, batch=6)
     first, second = (
-        [draw.index for batch in ScaleBatchSampler(3, c, 0, e * 10, e * 10 + 10) for draw in batch]
+        [
+            draw.index
+            for batch in ScaleBatchSampler([20] * 3, c, 0, e * 10, e * 10 + 10)
+            for draw in batch
+        ]
         for e in (0, 1)
     )
     assert sorted(first) == sorted(second) and first != second
@@ -349,7 +358,34 @@ def test_bad_data(folder, tmp_path):
     with pytest.raises(InputError, match="smaller than the largest crop"):
         PatchDataset(split_pictures(config(folder))[0], config(folder, patch=20))
     with pytest.raises(InputError, match="data.batch"):
-        steps_per_epoch(3, config(folder, batch=16))
+        steps_per_epoch([5] * 3, config(folder, batch=16))
     for parts in ((4, 1), (1, 12)):
         with pytest.raises(InputError, match="6 cannot be cut .* a multiple of"):
             micro_batch(6, *parts)
+
+
+def test_folders_are_visited_by_their_shares(folder, tmp_path):
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(drawings / f"{i}.png")
+    (tmp_path / "photos").mkdir()
+    for path in folder.glob("*.png"):
+        path.rename(tmp_path / "photos" / path.name)
+    shares = {str(tmp_path / "photos"): 0.75, str(drawings): 0.25}
+    c = config(folder, train=shares, val_count=2, repeat=50)
+    train, val = split_pictures(c)
+    assert len(train) == 8 and {path.parent.name for path in val} == {"photos", "drawings"}
+    assert not set(train) & set(val)
+    dataset = PatchDataset(train, c)
+    sampler = ScaleBatchSampler(dataset.visits, c, 0, 0, steps_per_epoch(dataset.visits, c))
+    seen = Counter(dataset.paths[draw.index] for batch in sampler for draw in batch)
+    photos = sum(n for path, n in seen.items() if path.parent.name == "photos")
+    assert abs(photos / sum(seen.values()) - 0.75) < 0.02
+    by_folder = [[n for p, n in seen.items() if p.parent.name == f] for f in ("photos", "drawings")]
+    assert all(max(counts) - min(counts) <= 2 for counts in by_folder)  # the last batch is cut
+    # Shares need not sum to 1, and a folder whose images would all be set aside is refused.
+    double = config(folder, train={k: 2 * s for k, s in shares.items()}, val_count=2, repeat=50)
+    assert split_pictures(double)[0] == train
+    with pytest.raises(InputError, match="photos holds 4 images, .* lower data.val_count"):
+        split_pictures(config(folder, train=shares, val_count=9))

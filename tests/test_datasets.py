@@ -1228,7 +1228,7 @@ def test_a_recipe_for_tiles():
 
     def recipe(pictures, overrides):
         c = load_config(ROOT / "configs" / "published.yaml", overrides)
-        steps = steps_per_epoch(pictures, c.data)
+        steps = steps_per_epoch([c.data.repeat] * pictures, c.data)
         return steps * c.train.epochs, steps * c.train.step_epochs
 
     assert recipe(800, []) == recipe(32_000, overrides) == (2_000_000, 200_000)

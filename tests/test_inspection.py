@@ -84,9 +84,7 @@ def test_contours_are_those_of_the_covariance():
 def test_an_ellipse_is_drawn_where_the_formula_says(rho):
     zoom, picture = 8, np.full((14, 16, 3), 40, np.uint8)
     centre, sigma = np.array([6.25, 7.5]), np.array([4.0, 2.0])
-    one = look.Gaussians(
-        centre[None], sigma[None], np.array([rho]), np.array([1.0]), np.array([3])
-    )
+    one = look.Gaussians(centre[None], sigma[None], np.array([rho]), np.array([1.0]), np.array([3]))
     drawn = look.draw_ellipses(one, picture, zoom).astype(int)
     empty = look.draw_ellipses(one._replace(opacity=np.zeros(1)), picture, zoom).astype(int)
     assert drawn.shape == (14 * 8, 16 * 8, 3)

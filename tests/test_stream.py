@@ -104,7 +104,6 @@ def test_rows_are_computed_once(monkeypatch):
     seen = {}
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-
             seen[id(module.weight)] = 0
     conv2d = nn.functional.conv2d
 

@@ -295,7 +295,7 @@ class Faulty:
     """Pictures that fail in the loader process, as a mistake in the code would."""
 
     def __init__(self, dataset):
-        self.config, self.count = dataset.config, len(dataset)
+        self.config, self.visits, self.count = dataset.config, dataset.visits, len(dataset)
 
     def __len__(self):
         return self.count
@@ -368,8 +368,8 @@ def test_a_training_that_ended_while_another_was_being_built(tmp_path, monkeypat
         Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
         return describe(*given)
 
-    describe = training.describe_pictures
-    monkeypatch.setattr(training, "describe_pictures", late)
+    describe = training.describe_images
+    monkeypatch.setattr(training, "describe_images", late)
     with pytest.raises(InputError, match="holds a run already"):
         Trainer(config(tmp_path, "train.steps=1"))
 
@@ -639,7 +639,7 @@ def test_a_resumed_run_has_its_own_pictures(tmp_path):
     more = [*steps, "train.steps=2"]
     first = list_images(photos)[0]
     renamed = first.rename(photos / f"0{first.suffix}")
-    with pytest.raises(InputError, match="data.train: this run .* 4 pictures .* 4 pictures .*now"):
+    with pytest.raises(InputError, match="data.train: this run .* 4 images .* 4 images .*now"):
         Trainer(config(tmp_path, *more), resume=True)
     renamed.rename(first)
     path = tmp_path / "smoke" / "state.pt"

@@ -1,4 +1,4 @@
-"""Training data: a folder of HR pictures becomes batches of LR patches and sampled HR pixels.
+"""Training data: folders of HR images become batches of LR patches and sampled HR pixels.
 
 Every random choice is a function of (seed, step, place in the batch), made by the batch sampler and
 not by counting calls in a worker: any step can be reproduced, and a run resumed, from its number. A
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gsr import distributed
 from gsr.config import BYTES, DataConfig
+from gsr.data.degradations import MARGIN, degrade
 from gsr.errors import InputError
 from gsr.io.image import TEMPORARY, list_images, read_image, write_atomic
 from gsr.io.paths import make_folder
@@ -50,22 +51,37 @@ class Draw(NamedTuple):
     key: tuple[int, ...]  # seeds this patch's own random numbers
 
 
-def split_pictures(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The pictures to train on and to validate on.
+def split_pictures(config: DataConfig) -> tuple[dict[Path, int], list[Path]]:
+    """The images to train on, with the visits to each in an epoch, and those to validate on.
+
+    One folder's images are visited `repeat` times each. Of several folders, an epoch has as many
+    visits in all, shared as `data.train` says, to the nearest whole number of visits an image.
 
     Raises:
-        InputError: a folder is missing or has no pictures, or none would be left to train on.
+        InputError: a folder is missing or has no images, or none would be left to train on.
     """
-    train = list_images(config.train)
+    shares = config.train if isinstance(config.train, dict) else {config.train: 1.0}
+    folders = {folder: list_images(folder) for folder in shares}
+    everything = [path for paths in folders.values() for path in paths]
     if config.val is not None:
-        return train, spread(list_images(config.val), config.val_count)
-    if len(train) <= config.val_count:
-        raise InputError(
-            f"data.train: {config.train} holds {len(train)} pictures, and data.val_count "
-            f"{config.val_count} of them would be set aside: lower data.val_count or set data.val"
-        )
-    val = spread(train, config.val_count)
-    return [path for path in train if path not in val], val
+        val = spread(list_images(config.val), config.val_count)
+    else:
+        val = spread(everything, config.val_count)
+        for folder, paths in folders.items():
+            folders[folder] = [path for path in paths if path not in val]
+            if not folders[folder]:
+                raise InputError(
+                    f"data.train: {folder} holds {len(paths)} images, and data.val_count "
+                    f"{config.val_count} would set all of them aside: lower data.val_count or set "
+                    "data.val"
+                )
+    visits = config.repeat * sum(map(len, folders.values())) / sum(shares.values())
+    train = {
+        path: max(1, round(visits * shares[folder] / len(paths)))
+        for folder, paths in folders.items()
+        for path in paths
+    }
+    return train, val
 
 
 def spread(paths: list[Path], count: int) -> list[Path]:
@@ -181,28 +197,30 @@ class MappedPictures:
 
 
 class PatchDataset(Dataset):
-    """Patches of pictures, indexed by `Draw`.
+    """Patches of images, indexed by `Draw`.
 
     Every picture is decoded once here, or read from the cache, so that a bad one is found before
     the first step and not hours into a training. Several processes of a machine share this work.
 
     Args:
-        paths: HR pictures.
-        config: `patch`, `queries`, `scale_max` and what concerns the cache are used.
+        train: HR images, each with its visits in an epoch.
+        config: `patch`, `queries`, `scale_max`, `degrade` and what concerns the cache are used.
 
     Raises:
         InputError: a picture is unreadable, or smaller than the largest crop, or the cache cannot
             be written.
     """
 
-    def __init__(self, paths: list[Path], config: DataConfig):
-        self.paths, self.config = paths, config
+    def __init__(self, train: Mapping[Path, int], config: DataConfig):
+        self.paths, self.visits, self.config = list(train), list(train.values()), config
+        paths = self.paths
         self.memory: dict[int, np.ndarray] = {}
         self.mapped: MappedPictures | None = None
         kind = {True: "memory", False: "none"}.get(config.cache, config.cache)
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
-            folder = Path(config.cache_dir or Path(config.train) / CACHE_DIR)
+            first = config.train if isinstance(config.train, str) else next(iter(config.train))
+            folder = Path(config.cache_dir or Path(first) / CACHE_DIR)
             self.mapped = MappedPictures(folder, paths[:cached])
         place, places = distributed.place()
         for i, path in enumerate(paths):
@@ -240,9 +258,15 @@ class PatchDataset(Dataset):
         picture = self._picture(draw.index)
         p = self.config.patch
         side = round(p * draw.scale)
-        y, x = (rng.integers(0, n - side + 1) for n in picture.shape[:2])
+        y, x = (int(rng.integers(0, n - side + 1)) for n in picture.shape[:2])
         hr = picture[y : y + side, x : x + side]
-        lr = downscale(np.ascontiguousarray(hr), (p, p))
+        # Degradations reach beyond the patch; without them, as published, nothing does.
+        around = 0 if self.config.degrade is None else math.ceil((MARGIN + 4) * side / p)
+        top, left = max(0, y - around), max(0, x - around)
+        near = picture[top : y + side + around, left : x + side + around]
+        box = (x - left, y - top, x - left + side, y - top + side)
+        near = Image.fromarray(np.ascontiguousarray(near))
+        lr = np.asarray(degrade(near, p, box, self.config.degrade, rng))
         flip_y, flip_x, transpose = rng.random(3) < 0.5
         lr, hr = (_augment(a, flip_y, flip_x, transpose) for a in (lr, hr))
         index = rng.choice(side * side, self.config.queries, replace=False)
@@ -279,12 +303,12 @@ def micro_batch(batch: int, processes: int, accumulate: int) -> int:
 class ScaleBatchSampler(Sampler):
     """Batches of `Draw`, one scale a batch, uniform in [scale_min, scale_max].
 
-    An epoch visits every picture `repeat` times in an order drawn from (seed, epoch). Steps count
+    An epoch visits every image so many times, in an order drawn from (seed, epoch). Steps count
     from 0 over the whole run, so that starting at `first` continues it.
 
     Args:
-        n: pictures.
-        config: `batch`, `repeat` and the scales are used.
+        visits: to each image.
+        config: `batch` and the scales are used.
         seed, first, last: of the run; its steps from `first` until before `last`.
         accumulate: micro-batches that a step's share is cut into; each is one item.
         rank, ranks: this process, and how many share a batch, each a run of neighbours in it.
@@ -294,12 +318,16 @@ class ScaleBatchSampler(Sampler):
     """
 
     def __init__(
-        self, n: int, config: DataConfig, seed: int, first: int, last: int,
+        self, visits: Sequence[int], config: DataConfig, seed: int, first: int, last: int,
         accumulate: int = 1, rank: int = 0, ranks: int = 1,
     ):  # fmt: skip
-        self.n, self.config, self.seed = n, config, seed
+        self.config, self.seed = config, seed
+        # Round after round over all images that are still to be visited in this epoch.
+        self.slots = np.concatenate(
+            [np.flatnonzero(np.asarray(visits) > n) for n in range(max(visits))]
+        )
         self.first, self.last = first, last
-        self.per_epoch = steps_per_epoch(n, config)
+        self.per_epoch = steps_per_epoch(visits, config)
         size = micro_batch(config.batch, ranks, accumulate)
         start = rank * accumulate * size
         self.parts = [range(start + i * size, start + (i + 1) * size) for i in range(accumulate)]
@@ -312,28 +340,28 @@ class ScaleBatchSampler(Sampler):
         for step in range(self.first, self.last):
             epoch, place = divmod(step, self.per_epoch)
             if epoch != ordered:
-                order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n * c.repeat)
-                ordered = epoch
+                rng = np.random.default_rng([self.seed, 0, epoch])
+                order, ordered = self.slots[rng.permutation(len(self.slots))], epoch
             scale = float(
                 np.random.default_rng([self.seed, 1, step]).uniform(c.scale_min, c.scale_max)
             )
             for part in self.parts:
                 yield [
-                    Draw(int(order[place * c.batch + j]) % self.n, scale, (self.seed, 2, step, j))
+                    Draw(int(order[place * c.batch + j]), scale, (self.seed, 2, step, j))
                     for j in part
                 ]
 
 
-def steps_per_epoch(n: int, config: DataConfig) -> int:
-    """Whole batches in `repeat` visits to each of n pictures.
+def steps_per_epoch(visits: Sequence[int], config: DataConfig) -> int:
+    """Whole batches in so many visits to each image.
 
     Raises:
         InputError: there is not one whole batch.
     """
-    steps = n * config.repeat // config.batch
+    steps = sum(visits) // config.batch
     if steps < 1:
         raise InputError(
-            f"data.batch {config.batch} exceeds the {n} x {config.repeat} patches of an epoch: "
+            f"data.batch {config.batch} exceeds the {sum(visits)} patches of an epoch: "
             "lower it or raise data.repeat"
         )
     return steps
@@ -364,7 +392,7 @@ def make_loader(
     c = dataset.config
     return DataLoader(
         dataset,
-        batch_sampler=ScaleBatchSampler(len(dataset), c, seed, first, last, accumulate, *ranks),
+        batch_sampler=ScaleBatchSampler(dataset.visits, c, seed, first, last, accumulate, *ranks),
         num_workers=c.workers if workers is None else workers,
         collate_fn=_collate,
         pin_memory=pin,
