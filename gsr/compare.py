@@ -45,7 +45,7 @@ from gsr.io.paths import as_json, as_text, make_folder, usable
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model
 from gsr.report import MADE, table_row
-from gsr.training import MAY_CHANGE, Trainer, begun_with, different_keys, flat
+from gsr.training import MAY_CHANGE, Trainer, different_keys, flat
 
 COUNTED = (48, 4)  # side of the LR picture, and scale, at which multiply-adds are counted
 TIMED = (128, 4)  # and at which enlarging is timed
@@ -358,7 +358,11 @@ def compare(
         run = Path(folder, config.name)
         if not usable(run / "state.pt").exists():
             continue
-        others = [key for key in different_keys(begun_with(run), config) if key not in FREE]
+        others = [
+            key
+            for key in different_keys(load_config(run / "config.yaml"), config)
+            if key not in FREE
+        ]
         if others:
             raise InputError(
                 f"{run} was started with another {', '.join(others)}: give the same values, or "

@@ -53,6 +53,8 @@ class DirectConfig:
     reach: float = 0.5  # farthest offset from the LR pixel, LR pixels; the rest is left to sigma
     normalize: bool = True  # divide by the total weight
     width: int = 64  # hidden channels of the head
+    # Of the hidden channels. Under relu all of them can die, and the residual with them.
+    activation: Literal["leaky_relu", "relu"] = "leaky_relu"
 
 
 @dataclass
@@ -173,8 +175,8 @@ class TrainConfig:
     schedule: Literal["step", "cosine"] = "step"
     step_epochs: int = 200  # `step`: multiply lr by `gamma` every so many epochs
     gamma: float = 0.5
-    warmup: int = 0  # steps of linear warm-up
-    clip: float | None = None  # largest gradient norm
+    warmup: int = 100  # steps of linear warm-up
+    clip: float | None = 0.5  # largest gradient norm; null: any
     accumulate: int = 1  # micro-batches of a step, one after the other: less memory, same result
     ema: float | None = None  # decay of a running mean of the weights, such as 0.999; None: off
     precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; the splat is always fp32

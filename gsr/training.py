@@ -30,7 +30,6 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ from gsr.io.image import read_image, remove_left_over, to_tensor, to_uint8, writ
 from gsr.io.paths import alone, make_folder, usable
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
-from gsr.models.checkpoint import load_model, read_config, save_model
+from gsr.models.checkpoint import load_model, save_model
 from gsr.ops.resize import bicubic
 
 VAL_SCALES = (2, 3, 4, 6, 8)
@@ -150,16 +149,6 @@ def describe_images(paths: Iterable[Path], folders: Iterable[str]) -> str:
     names = "\0".join(p.relative_to(f).as_posix() for p, f in zip(paths, homes, strict=True))
     digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     return f"{len(paths)} images ({digest[:16]} by their names)"
-
-
-def begun_with(folder: Path) -> Config:
-    """The config that the run in a folder began with.
-
-    Its model is told by that of the first weights that were saved: config.yaml lacks what was no
-    key when it was written.
-    """
-    config, saved = load_config(folder / "config.yaml"), folder / "model" / "config.json"
-    return replace(config, model=read_config(saved)) if saved.exists() else config
 
 
 def different_keys(a: Config | ModelConfig, b: Config | ModelConfig) -> list[str]:
@@ -287,7 +276,7 @@ class Trainer:
         # A cosine depends on the number of steps; the step schedule may go on for longer.
         longer = {"train.steps", "train.epochs"} if self.config.train.schedule == "step" else set()
         may = MAY_CHANGE | longer
-        changed = different_keys(begun_with(self.folder), self.config)
+        changed = different_keys(load_config(self.folder / "config.yaml"), self.config)
         if changed := [key for key in changed if key not in may]:
             raise InputError(
                 f"{self.folder / 'config.yaml'} started this run with another "
@@ -348,6 +337,7 @@ class Trainer:
             self.dataset, c.seed, self.step, self.total, c.accumulate, self.device.type == "cuda"
         )
         losses, waited, metrics, since, mark = [], 0.0, {}, time.perf_counter(), self.step
+        dead = False
         batches = iter(loader)
         while self.step < self.total:
             start = time.perf_counter()
@@ -364,6 +354,8 @@ class Trainer:
             if log or check or save:  # what has diverged is neither measured nor saved
                 loss = self._finite(losses)
             if log:
+                # At the very first step of `direct` no gradient passes the colours, which are zero.
+                dead = self._check_alive(dead)
                 seconds = time.perf_counter() - since
                 row = {
                     "step": self.step,
@@ -487,6 +479,21 @@ class Trainer:
                 f"train.clip, under another name{kept}"
             )
         return losses.mean().item()
+
+    def _check_alive(self, dead: bool) -> bool:
+        """Whether no gradient reached the encoder in the last step.
+
+        Raises InputError if that was so before, too: the output depends on the input no more.
+        """
+        gradients = [p.grad for p in self.model.encoder.parameters() if p.grad is not None]
+        now = bool(gradients) and not any(g.any() for g in gradients)
+        if now and dead:
+            raise InputError(
+                f"the output no longer depends on the encoder by step {self.step}: all its "
+                "activations have died; lower train.lr, or set train.warmup and train.clip, under "
+                "another name"
+            )
+        return now
 
     def _log(self, board, row: dict, kind: str):
         if not self.leads:

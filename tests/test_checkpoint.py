@@ -58,7 +58,7 @@ def test_round_trip(folder, tiny_model):
         "model.safetensors",
     ]
     assert json.loads((folder / "config.json").read_text()) == {
-        "format": 2,
+        "format": 3,
         "model": to_dict(tiny_model.config),
     }
 
@@ -95,7 +95,7 @@ def test_missing(tmp_path, folder):
 def test_configs_are_read_strictly(folder):
     original = (folder / "config.json").read_text()
     cases = [
-        (lambda c: c.update(format=3), "reads formats up to 2"),
+        (lambda c: c.update(format=4), "reads formats up to 3"),
         (lambda c: c.pop("format"), "has format None"),
         (lambda c: c.pop("model"), "has no key model"),
         (lambda c: c["model"].update(mood=1), "model.mood is not a key; did you mean model.mode?"),
@@ -118,6 +118,13 @@ def test_format_1_had_offsets_within_three_quarters(folder):
     assert gsr.load(folder).head.reach == 0.75
     edit(folder, lambda c: c.update(format=2))
     assert gsr.load(folder).head.reach == 0.5
+
+
+def test_format_2_had_relu(folder):
+    edit(folder, lambda c: (c.update(format=2), c["model"]["direct"].pop("activation")))
+    assert gsr.load(folder).config.direct.activation == "relu"
+    edit(folder, lambda c: c.update(format=3))
+    assert gsr.load(folder).config.direct.activation == "leaky_relu"
 
 
 def test_damaged_tensors(folder):

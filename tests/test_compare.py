@@ -221,7 +221,7 @@ def test_a_failed_run_is_reported_and_costs_no_other(tmp_path, capsys):
     )
     text = (out / "comparison.md").read_text()
     assert text in printed and "The trainings differ in train.lr" in text
-    assert "* b-seed0: loss or weights are not finite by step" in text
+    assert "* b-seed0: the output no longer depends on the encoder by step" in text
     rows = {row["method"]: row for row in csv.DictReader(open(out / "comparison.csv"))}
     assert rows["b"]["finished"] == "0" and rows["b"]["eval x2 psnr mean"] == ""
     assert float(rows["a"]["eval x2 psnr mean"]) > 10 and rows["c"]["finished"] == "1"

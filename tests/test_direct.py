@@ -138,3 +138,13 @@ def test_each_property_of_a_gaussian_is_used(model):
     for name in encoded._fields:
         other = encoded._replace(**{name: getattr(encoded, name) * 0.9})
         assert (model.render(other, (20, 20)) - whole).abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize("activation, alive", [("leaky_relu", True), ("relu", False)])
+def test_hidden_channels_that_are_all_negative_can_recover(activation, alive):
+    """With leaky ReLU a gradient still reaches the encoder, and the image depends on it."""
+    model = make(activation=activation)
+    torch.nn.init.constant_(model.head.hidden.bias, -100.0)
+    (model(picture(), scale=2) - 0.5).square().mean().backward()
+    assert bool(model.encoder.head[0].weight.grad.any()) == alive
+    assert bool(model.head.hidden.weight.grad.any()) == alive

@@ -59,7 +59,7 @@ def test_learns_in_every_mode(tmp_path, mode):
     c = config(
         tmp_path, f"model.mode={mode}", "train.steps=60", "train.lr=3e-3", "train.log_every=10",
         "model.bank.points=9", "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
-        "model.decoder.hidden_list=[16, 16]",
+        "model.decoder.hidden_list=[16, 16]", "train.warmup=0", "train.clip=null",
     )  # fmt: skip
     Trainer(c).fit(progress=False)
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
@@ -655,7 +655,7 @@ def test_a_resumed_run_has_its_own_pictures(tmp_path):
 def test_what_has_diverged_is_not_saved(tmp_path):
     c = config(
         tmp_path, "train.lr=1e30", "train.steps=20", "train.log_every=50", "train.save_every=1",
-        "train.val_every=50",
+        "train.val_every=50", "train.clip=null",
     )  # fmt: skip
     with pytest.raises(InputError, match="are not finite by step"):
         Trainer(c).fit(progress=False)
@@ -672,7 +672,8 @@ def one_batch():
 
 
 def test_one_step_is_adam_on_the_mean_absolute_error(tmp_path):
-    trainer, batch = Trainer(config(tmp_path, "train.schedule=step", "train.lr=1e-2")), one_batch()
+    plain = ["train.schedule=step", "train.lr=1e-2", "train.warmup=0", "train.clip=null"]
+    trainer, batch = Trainer(config(tmp_path, *plain)), one_batch()
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     model = trainer.model
     loss = (model(batch.lr, size=batch.size, coord=batch.coord) - batch.target).abs().mean()
@@ -733,22 +734,6 @@ def test_the_config_of_the_bundled_weights_is_theirs():
     assert load_config(ROOT / "configs" / "gsr-lite.yaml").model == load_model(BUNDLED).config
 
 
-def test_a_run_of_older_code_goes_on_with_its_own_offsets(tmp_path):
-    """Within 3/4 LR pixel, which was no key then."""
-    older = "model.direct.reach=0.75"
-    Trainer(config(tmp_path, older, "train.steps=2", "train.save_every=2")).fit(progress=False)
-    folder = tmp_path / "smoke"
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("    reach: 0.75\n", ""))
-    content = json.loads((folder / "model" / "config.json").read_text())
-    content["format"] = 1
-    del content["model"]["direct"]["reach"]
-    (folder / "model" / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="with another model.direct.reach:"):
-        Trainer(config(tmp_path, "train.steps=2"), resume=True)
-    Trainer(config(tmp_path, older, "train.steps=2"), resume=True)
-
-
 def test_a_users_own_files_stay(tmp_path):
     c = config(tmp_path, "train.steps=2", "train.schedule=step")
     Trainer(c).fit(progress=False)
@@ -778,3 +763,14 @@ def test_options_and_overrides_in_any_order(tmp_path, monkeypatch):
     smoke = str(ROOT / "configs" / "smoke.yaml")
     main(["train.lr=2", "--config", smoke, "name=x", "--resume"])
     assert seen == {"name": "x", "lr": 2.0, "resume": True}
+
+
+def test_a_model_that_ignores_its_input_ends_the_run(tmp_path):
+    """All hidden channels of the head dead, as under ReLU with too high a rate."""
+    steps = ["train.steps=6", "train.log_every=2", "train.save_every=100"]
+    trainer = Trainer(config(tmp_path, *steps, "model.direct.activation=relu"))
+    torch.nn.init.constant_(trainer.model.head.hidden.bias, -1e6)
+    with pytest.raises(InputError, match="no longer depends on the encoder by step 4: .*train.lr"):
+        trainer.fit(progress=False)
+    # The first step alone, whose colours are zero, does not count.
+    Trainer(config(tmp_path, "name=alive", "train.log_every=1", *steps[:1])).fit(progress=False)

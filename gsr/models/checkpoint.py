@@ -19,7 +19,7 @@ from gsr.io.paths import make_folder, usable
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-FORMAT = 2  # of config.json; raised when older code could not read it any more
+FORMAT = 3  # of config.json; raised when older code could not read it any more
 BUNDLED = Path(__file__).parents[1] / "weights" / "gsr-lite"
 _FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
 
@@ -153,7 +153,7 @@ def read_config(path: Path) -> ModelConfig:
         raise InputError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold an object with the keys format and model")
-    if content.get("format") not in (1, FORMAT):
+    if content.get("format") not in range(1, FORMAT + 1):
         raise InputError(
             f"{path} has format {content.get('format')!r}, but this version of gsr reads formats "
             f"up to {FORMAT}; update gsr or save the model again"
@@ -164,8 +164,11 @@ def read_config(path: Path) -> ModelConfig:
         model = from_dict(_File, content).model
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if content["format"] == 1 and model.mode == "direct":  # written when it was a constant
+    # What older files do not say was a constant when they were written.
+    if content["format"] < 2:
         model.direct.reach = 0.75
+    if content["format"] < 3:
+        model.direct.activation = "relu"
     return model
 
 

@@ -6,6 +6,7 @@ be rendered at any size for the price of the splat.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from gsr.ops import rows_needed, splat, splat_at
 from gsr.ops.resize import bicubic, bicubic_at
 
 CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
+# While the residual is still noise, every step that makes the hidden channels smaller lowers the
+# loss; a ReLU that has reached zero everywhere would stay there, for want of a gradient.
+ACTIVATIONS = {"leaky_relu": functools.partial(F.leaky_relu, negative_slope=0.1), "relu": F.relu}
 
 
 class DirectEncoded(NamedTuple):
@@ -47,6 +51,7 @@ class DirectHead(nn.Module):
         c = config.direct
         self.gaussians, self.radius, self.normalize = c.gaussians, c.radius, c.normalize
         self.reach, self.sigma_range = c.reach, (0.1, (c.radius + 0.5 - c.reach) / 3)
+        self.activation = ACTIVATIONS[c.activation]
         self.hidden = nn.Conv2d(config.encoder.n_feats, c.width, 3, padding=1)
         self.out = nn.Conv2d(c.width, c.gaussians * sum(CHANNELS), 1)
         self._start()
@@ -65,7 +70,7 @@ class DirectHead(nn.Module):
                     bias[k, 5 + axis] = math.atanh(centre / self.reach)
 
     def encode(self, features: Tensor, lr: Tensor) -> DirectEncoded:
-        x = self.out(F.relu(self.hidden(features))).float()
+        x = self.out(self.activation(self.hidden(features))).float()
         x = rearrange(x, "b (k p) h w -> b k p h w", k=self.gaussians)
         colour, sigma, offset, rho, opacity = x.split(CHANNELS, dim=2)
         low, high = self.sigma_range
