@@ -330,7 +330,7 @@ def size_rows(plan: Plan, methods: list[str]) -> list[dict]:
 
 
 def steps(plan: Plan, scale: int) -> dict[str, Callable[[], None]]:
-    """A training step of everything: forward, L1, backward, Adam, as `gsr.training` does it."""
+    """A training step of everything: forward, L1, backward, Adam, as `train.py` does it."""
     torch.manual_seed(1)
     side, size = plan.patch, (plan.patch * scale,) * 2
     lr = torch.rand(plan.batch, 3, side, side).contiguous(memory_format=torch.channels_last)

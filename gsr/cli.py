@@ -114,8 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="size in pixels: 1920x1080")
     up.add_argument(
         "--model",
-        metavar="PATH",
-        help="model folder or published .pth file (default: the bundled model)",
+        metavar="lite|photo|PATH",
+        help="lite, for lossless images; photo, for JPEG, noise and blur; or a model folder or "
+        "published .pth file (default: photo for files of lossy compression, lite for others)",
     )
     up.add_argument(
         "--compare",
@@ -194,7 +195,13 @@ def _upscale(args: argparse.Namespace) -> None:
     from gsr.device import pick_device, set_threads
     from gsr.inference.strips import estimate
     from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
-    from gsr.io.image import check_format, check_writable, open_image, save_image
+    from gsr.io.image import (
+        check_format,
+        check_writable,
+        lossy_compression,
+        open_image,
+        save_image,
+    )
     from gsr.io.paths import make_folder, usable
 
     # Everything that can be refused is refused before the model is loaded or a pixel computed, and
@@ -230,9 +237,15 @@ def _upscale(args: argparse.Namespace) -> None:
 
     from gsr.models.checkpoint import load
 
-    model = load(args.model).to(pick_device(args.device))
+    device = pick_device(args.device)
+    choices = [_choose(args.model, lossy_compression(photo)) for photo in photos]
+    # All of them at once: a model that is missing is found before the first image is computed.
+    models = {name: load(name).to(device) for name in dict.fromkeys(c[0] for c in choices)}
     progress = not args.quiet and sys.stderr.isatty()
-    for photo, output, (width, height) in zip(photos, outputs, sizes, strict=True):
+    for photo, output, (width, height), (name, why) in zip(
+        photos, outputs, sizes, choices, strict=True
+    ):
+        model = models[name]
         if len(photos) > 1:  # otherwise it is still there from the checks
             image = open_image(photo)
         options = (
@@ -256,11 +269,20 @@ def _upscale(args: argparse.Namespace) -> None:
             save_image(output, large)
         if not args.quiet:
             seconds = time.perf_counter() - start
-            print(f"{output}: {width} x {height} in {seconds:.1f} s", flush=True)
+            print(f"{output}: {width} x {height} in {seconds:.1f} s{why}", flush=True)
     if comparison is not None:
         save_image(comparison, _side_by_side(image, large))
         if not args.quiet:
             print(f"{comparison}: bicubic left, gsr right")
+
+
+def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
+    """The model for a file, by name or path, and why, for the line that is printed."""
+    if model is not None:
+        return model, ""
+    if lossy:
+        return "photo", f", by gsr-photo ({lossy})"
+    return "lite", ", by gsr-lite (no lossy compression)"
 
 
 def _duration(seconds: float) -> str:

@@ -34,7 +34,7 @@ from torch import Tensor
 from gsr import distributed
 from gsr.config import Config, ModelConfig, check, load_config, to_dict
 from gsr.data.benchmarks import DataSet, check_sizes, open_sets
-from gsr.data.patches import split_pictures
+from gsr.data.patches import split_images
 from gsr.describe import describe_model, describe_run
 from gsr.device import pick_device, set_threads
 from gsr.errors import InputError
@@ -115,7 +115,7 @@ def read_methods(
                     f"{other.file} and {method.file} both have the name {method.name}, which names "
                     "their runs: change the key name in one of them"
                 )
-        split_pictures(method.config.data)
+        split_images(method.config.data)
     return methods
 
 

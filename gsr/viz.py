@@ -378,9 +378,7 @@ def _covariance(sigma_y, sigma_x, rho) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt([yy, xx]), rho * sigma_y * sigma_x / np.sqrt(yy * xx)
 
 
-def _shared(
-    head: OfficialHead, f: Fields, lr_size: tuple[int, int], scale: float
-) -> Gaussians:
+def _shared(head: OfficialHead, f: Fields, lr_size: tuple[int, int], scale: float) -> Gaussians:
     """The Gaussians that `official` splats: those of a mean window, in every window.
 
     Where they stand is `gsr.ops.reference.window_placement`, whose taps lie about the middle one.
@@ -688,8 +686,7 @@ def inspect(
 
 
 def middle(size: tuple[int, int], side: int = CROP) -> Box:
-    """The `side` x `side` LR pixels in the middle of a picture of `size` (h, w), or what there is.
-    """
+    """The `side` x `side` LR pixels in the middle of a picture of `size` (h, w), or what there is."""
     h, w = (min(n, side) for n in size)
     top, left = (size[0] - h) // 2, (size[1] - w) // 2
     return Box(top, left, top + h, left + w)

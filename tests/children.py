@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRELOAD = [
-    "gsr.training", "gsr.viz", "gsr.ops.cpu_loops", "torch._dynamo", "torch.utils.tensorboard",
+    "train", "gsr.viz", "gsr.ops.cpu_loops", "torch._dynamo", "torch.utils.tensorboard",
     "torch.testing",
 ]  # fmt: skip
 CODE = """
@@ -20,7 +20,7 @@ os.environ.update(env)
 sys.stdout = sys.stderr = open(output, "w", buffering=1)
 exec(before)
 from gsr.cli import guard
-from gsr.training import main
+from train import main
 guard(main, argv)
 """
 

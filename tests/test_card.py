@@ -34,7 +34,7 @@ def report(tiny_model):
 def documents(tmp_path, monkeypatch, tiny_model, report):
     """Two documents and a report in a folder, and the tiny model as the bundled one."""
     save_model(tmp_path / "bundled", tiny_model)
-    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setitem(checkpoint.BUNDLED, "lite", tmp_path / "bundled")
     paths = [tmp_path / "one.md", tmp_path / "two.md"]
     for path in paths:
         path.write_text(TEXT)

@@ -186,8 +186,14 @@ def test_published_files_go_to_their_reader(tmp_path, monkeypatch, tiny_model):
 
 
 def test_bundled_model(monkeypatch, tmp_path, folder):
-    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "none")
+    monkeypatch.setitem(checkpoint.BUNDLED, "lite", tmp_path / "none")
     with pytest.raises(InputError, match="has no bundled model"):
         load()
-    monkeypatch.setattr(checkpoint, "BUNDLED", folder)
-    assert isinstance(load(), gsr.GaussianSR)
+    monkeypatch.setitem(checkpoint.BUNDLED, "lite", folder)
+    assert isinstance(load(), gsr.GaussianSR) and isinstance(load("lite"), gsr.GaussianSR)
+    monkeypatch.setitem(checkpoint.BUNDLED, "photo", tmp_path / "none")
+    with pytest.raises(InputError, match="has no bundled model photo"):
+        load("photo")
+    monkeypatch.chdir(tmp_path)
+    folder.rename(tmp_path / "photo")
+    assert isinstance(load("./photo"), gsr.GaussianSR)

@@ -296,3 +296,23 @@ def test_what_is_no_amount_of_memory(text):
 
     with pytest.raises(argparse.ArgumentTypeError, match="not an amount of memory such as 2GB"):
         _bytes(text)
+
+
+def test_the_model_fits_the_file(here, capsys, monkeypatch, tiny_model):
+    """gsr-photo for lossy files, gsr-lite for others, each loaded once; --model decides instead."""
+    loaded = []
+    monkeypatch.setattr(
+        "gsr.models.checkpoint.load", lambda name: (loaded.append(name), tiny_model)[1]
+    )
+    image = Image.open("photo.png")
+    image.save("b.jpg")
+    image.save("c.jpg")
+    cli.dispatch(["upscale", "photo.png", "b.jpg", "c.jpg", "-o", "out/", "--scale", "2"])
+    assert loaded == ["lite", "photo"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("by gsr-lite (no lossy compression)")
+    assert all(line.endswith("by gsr-photo (JPEG)") for line in lines[1:]) and len(lines) == 3
+    for choice in ("lite", "photo"):
+        loaded.clear()
+        cli.dispatch(["upscale", "b.jpg", "-o", "b.png", "--scale", "2", "--model", choice])
+        assert loaded == [choice] and "by gsr" not in capsys.readouterr().out

@@ -21,7 +21,7 @@ from gsr.data.patches import (
     make_loader,
     micro_batch,
     pixel_coords,
-    split_pictures,
+    split_images,
     steps_per_epoch,
     to_bytes,
 )
@@ -50,7 +50,7 @@ def config(folder, **kw):
 
 def test_a_batch(folder):
     c = config(folder)
-    paths, val = split_pictures(c)
+    paths, val = split_images(c)
     assert (len(paths), len(val)) == (3, 1)
     for batch in make_loader(PatchDataset(paths, c), seed=1, first=0, last=4):
         side = round(12 * batch.scale)
@@ -66,7 +66,7 @@ def test_a_batch(folder):
 def test_targets_lie_where_their_coordinates_say(folder):
     """The LR patch read at the coordinates is close to the targets, and no other order is."""
     c = config(folder, scale_min=2.0)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     for batch in make_loader(PatchDataset(paths, c), seed=2, first=0, last=8):
 
         def distance(coord, b=batch):
@@ -81,7 +81,7 @@ def test_targets_lie_where_their_coordinates_say(folder):
 
 def test_queries_are_distinct(folder):
     c = config(folder, queries=144)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     batch = next(iter(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1)))
     for coord in batch.coord:
         assert len(torch.unique(coord, dim=0)) == 144
@@ -89,7 +89,7 @@ def test_queries_are_distinct(folder):
 
 def test_any_step_again(folder):
     c = config(folder)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     whole = list(make_loader(PatchDataset(paths, c), seed=3, first=0, last=7))
     rest = list(make_loader(PatchDataset(paths, c), seed=3, first=4, last=7))
     for a, b in zip(whole[4:], rest, strict=True):
@@ -109,7 +109,7 @@ def test_any_step_again(folder):
 )  # fmt: skip
 def test_workers_and_cache_change_nothing(folder, other):
     c = config(folder)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     plain = list(make_loader(PatchDataset(paths, c), seed=5, first=0, last=4))
     loader = make_loader(PatchDataset(paths, config(folder, **other)), seed=5, first=0, last=4)
     for a, b in zip(plain, loader, strict=True):
@@ -126,18 +126,18 @@ def no_decoding(monkeypatch):
 
 def test_a_mapped_picture_is_decoded_once(folder, monkeypatch):
     c = config(folder, cache="mmap", repeat=1)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     assert len(PatchDataset(paths, c)) == 3
     no_decoding(monkeypatch)
     assert len(list(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1))) == 1
     files = list((folder / ".gsr-cache").iterdir())
     assert len(files) == 3 and all(file.suffix == ".npy" for file in files)
-    assert split_pictures(c)[0] == paths  # the cache is no picture
+    assert split_images(c)[0] == paths  # the cache is no picture
 
 
 def test_a_mapped_picture_that_has_changed_is_decoded_again(folder, tmp_path):
     c = config(folder, cache="mmap", cache_dir=str(tmp_path / "cache" / "deep"))
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     before = PatchDataset(paths, c)
     files = {file.name for file in (tmp_path / "cache" / "deep").iterdir()}
     Image.new("RGB", (64, 50), "red").save(list(paths)[1])
@@ -154,7 +154,7 @@ def test_a_mapped_picture_that_has_changed_is_decoded_again(folder, tmp_path):
 
 def test_damaged_and_missing_files_of_the_cache_are_made_again(folder):
     c = config(folder, cache="mmap")
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     first, second, third = PatchDataset(paths, c).mapped.files
     whole = first.read_bytes()
     first.write_bytes(whole[:-1])
@@ -184,7 +184,7 @@ def wrong_kinds():
 )
 def test_files_of_the_cache_of_another_kind_are_made_again(folder, name, content):
     c = config(folder, cache="mmap")
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     file = PatchDataset(paths, c).mapped.files[0]
     whole = file.read_bytes()
     if content is None:
@@ -211,13 +211,13 @@ def test_what_is_not_this_sets_stays_in_the_cache(folder, tmp_path):
     os.utime(old, (time.time() - 4000,) * 2)
     (cache / ".gone.gsr-tmp").symlink_to(cache / "nowhere")  # as if it went after being listed
     c = config(folder, cache="mmap", cache_dir=str(cache))
-    PatchDataset(split_pictures(c)[0], c)
+    PatchDataset(split_images(c)[0], c)
     assert all(path.exists() for path in stays) and not old.exists()
 
 
 def test_a_picture_that_goes_after_it_was_listed(folder):
     c = config(folder, cache="mmap")
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     list(paths)[1].unlink()
     with pytest.raises(
         InputError, match=f"{list(paths)[1].name} is gone since the folder was listed"
@@ -227,7 +227,7 @@ def test_a_picture_that_goes_after_it_was_listed(folder):
 
 def test_the_cache_keeps_to_its_budget(folder, monkeypatch):
     c = config(folder, cache_budget="25.3 kB")  # a picture is 60 * 70 * 3 = 12.6 kB
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     assert sorted(PatchDataset(paths, c).memory) == [0, 1]
     c.cache = "mmap"
     assert len(PatchDataset(paths, c).mapped) == len(list((folder / ".gsr-cache").iterdir())) == 2
@@ -238,7 +238,7 @@ def test_the_cache_keeps_to_its_budget(folder, monkeypatch):
 def test_a_cache_that_cannot_be_made(folder, tmp_path):
     c = config(folder, cache="mmap", cache_dir=str(folder / "0.png" / "cache"))
     with pytest.raises(InputError, match="data.cache_dir: .* cannot be made"):
-        PatchDataset(split_pictures(c)[0], c)
+        PatchDataset(split_images(c)[0], c)
 
 
 @pytest.mark.parametrize("ranks, accumulate", [(1, 1), (1, 3), (2, 1), (3, 2)])
@@ -258,7 +258,7 @@ def test_a_batch_in_parts_is_the_batch(folder, ranks, accumulate):
 
 def test_every_patch_has_noise_of_its_own(folder):
     c = config(folder, batch=6)
-    dataset = PatchDataset(split_pictures(c)[0], c)
+    dataset = PatchDataset(split_images(c)[0], c)
     whole = next(iter(make_loader(dataset, seed=0, first=2, last=3)))
     parts = list(make_loader(dataset, seed=0, first=2, last=3, accumulate=2))
     assert [*parts[0].seeds, *parts[1].seeds] == [*whole.seeds] and len({*whole.seeds}) == 6
@@ -280,7 +280,7 @@ def test_an_epoch_visits_each_picture_equally(folder):
 def test_a_patch_is_what_its_random_numbers_say(folder):
     """Crop, Pillow's bicubic, flips and transposition, done again here from the same key."""
     c = config(folder, scale_min=2.0)
-    paths, _ = split_pictures(c)
+    paths, _ = split_images(c)
     dataset = PatchDataset(paths, c)
     turned = set()
     for n in range(24):
@@ -320,10 +320,10 @@ def test_validation_pictures(folder, tmp_path):
     """From their own folder, or set aside evenly from the training pictures."""
     (tmp_path / "val").mkdir()
     Image.new("RGB", (60, 60)).save(tmp_path / "val" / "own.png")
-    train, val = split_pictures(config(folder, val=str(tmp_path / "val")))
+    train, val = split_images(config(folder, val=str(tmp_path / "val")))
     assert [p.name for p in val] == ["own.png"] and len(train) == 5
     (tmp_path / "val" / "own.png").unlink()
-    train, val = split_pictures(config(folder, val_count=2))
+    train, val = split_images(config(folder, val_count=2))
     assert [p.name for p in val] == ["1.png", "3.png"]
     assert [p.name for p in train] == ["0.png", "2.png"]
 
@@ -333,7 +333,7 @@ def test_a_bad_picture_is_found_before_training(folder):
     (folder / "1.png").write_bytes(data[: len(data) // 2])
     c = config(folder, cache=False)
     with pytest.raises(InputError, match="1.png"):
-        PatchDataset(split_pictures(c)[0], c)
+        PatchDataset(split_images(c)[0], c)
 
 
 def test_coordinates():
@@ -352,11 +352,11 @@ def test_downscale_keeps_the_axes():
 
 def test_bad_data(folder, tmp_path):
     with pytest.raises(InputError, match="val_count"):
-        split_pictures(config(folder, val_count=4))
+        split_images(config(folder, val_count=4))
     with pytest.raises(InputError, match="nowhere"):
-        split_pictures(config(tmp_path / "nowhere"))
+        split_images(config(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="smaller than the largest crop"):
-        PatchDataset(split_pictures(config(folder))[0], config(folder, patch=20))
+        PatchDataset(split_images(config(folder))[0], config(folder, patch=20))
     with pytest.raises(InputError, match="data.batch"):
         steps_per_epoch([5] * 3, config(folder, batch=16))
     for parts in ((4, 1), (1, 12)):
@@ -374,7 +374,7 @@ def test_folders_are_visited_by_their_shares(folder, tmp_path):
         path.rename(tmp_path / "photos" / path.name)
     shares = {str(tmp_path / "photos"): 0.75, str(drawings): 0.25}
     c = config(folder, train=shares, val_count=2, repeat=50)
-    train, val = split_pictures(c)
+    train, val = split_images(c)
     assert len(train) == 8 and {path.parent.name for path in val} == {"photos", "drawings"}
     assert not set(train) & set(val)
     dataset = PatchDataset(train, c)
@@ -386,6 +386,6 @@ def test_folders_are_visited_by_their_shares(folder, tmp_path):
     assert all(max(counts) - min(counts) <= 2 for counts in by_folder)  # the last batch is cut
     # Shares need not sum to 1, and a folder whose images would all be set aside is refused.
     double = config(folder, train={k: 2 * s for k, s in shares.items()}, val_count=2, repeat=50)
-    assert split_pictures(double)[0] == train
+    assert split_images(double)[0] == train
     with pytest.raises(InputError, match="photos holds 4 images, .* lower data.val_count"):
-        split_pictures(config(folder, train=shares, val_count=9))
+        split_images(config(folder, train=shares, val_count=9))

@@ -31,7 +31,7 @@ from gsr.data import fetch as download
 from gsr.data import tiles as datasets
 from gsr.data.benchmarks import open_set
 from gsr.data.fetch import Source, fetch, obtain, unpack
-from gsr.data.patches import PatchDataset, split_pictures, steps_per_epoch
+from gsr.data.patches import PatchDataset, split_images, steps_per_epoch
 from gsr.data.tiles import Tiling, boxes, check, prepare, starts
 from gsr.errors import InputError
 from gsr.io.image import list_images, read_image, write_image
@@ -1178,7 +1178,7 @@ def test_prepare_refusals(photos, tmp_path):
 def test_tiles_are_trained_on(photos, tmp_path):
     prepare(photos, tmp_path / "tiles", Tiling(24, 16, 24))
     config = DataConfig(train=str(tmp_path / "tiles"), patch=6, val_count=2)
-    train, val = split_pictures(config)
+    train, val = split_images(config)
     assert len(val) == 2 and len(PatchDataset(train, config)) == len(train) > 20
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from gsr.config import BlurConfig, DataConfig, DegradeConfig, JpegConfig, NoiseConfig
 from gsr.data import degradations as deg
-from gsr.data.patches import PatchDataset, make_loader, split_pictures
+from gsr.data.patches import PatchDataset, make_loader, split_images
 
 
 def photo(side=160, seed=0):
@@ -140,7 +140,7 @@ def test_patches_are_functions_of_seed_step_and_place(tmp_path):
             train=str(tmp_path), val_count=1, patch=16, queries=64, batch=4, repeat=20,
             workers=workers, degrade=DegradeConfig(clean=0.25),
         )  # fmt: skip
-        dataset = PatchDataset(split_pictures(c)[0], c)
+        dataset = PatchDataset(split_images(c)[0], c)
         return list(make_loader(dataset, seed=3, first=first, last=6))
 
     whole = batches(0)

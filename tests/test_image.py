@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from gsr.errors import InputError
 from gsr.io import image as gi
@@ -261,3 +261,35 @@ def test_tensors(picture):
     values = torch.tensor([-1.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 2.0])
     levels = gi.to_uint8(values.expand(1, 3, 1, 5))
     assert levels[0, :, 0].tolist() == [0, 0, 1, 255, 255] and levels.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "name, options, lossy",
+    [
+        ("a.jpg", {}, "JPEG"), ("a.png", {}, None), ("a.bmp", {}, None),
+        ("a.webp", {"quality": 80}, "lossy WebP"), ("a.webp", {"lossless": True}, None),
+        ("a.tif", {"compression": "tiff_lzw"}, None), ("a.tif", {"compression": "jpeg"}, "TIFF"),
+        ("a.avif", {}, "AVIF"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_lossy_compression_is_told_from_the_file(tmp_path, name, options, lossy, mode):
+    if mode == "RGBA" and (name == "a.jpg" or options.get("compression") == "jpeg"):
+        pytest.skip("the format has no alpha")
+    if name == "a.avif" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(image.getchannel("R"))  # a WebP with alpha is of the extended format
+    image.save(tmp_path / name, **options)
+    said = gi.lossy_compression(tmp_path / name)
+    assert said is None if lossy is None else said.startswith(lossy)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_an_animated_webp_is_lossy_by_its_frames(tmp_path, lossless):
+    frames = [Image.new("RGB", (16, 16), (i, 9, 200)) for i in range(3)]
+    path = tmp_path / "a.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=lossless)
+    assert gi.lossy_compression(path) == (None if lossless else "lossy WebP")

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,12 @@ class Batch(NamedTuple):
     scale: float
     seeds: Sequence[int] | None = None  # of the model's noise, one a patch, below 2^63
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        names = "lr", "coord", "target"
+        there = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        return self._replace(**there)
+
 
 class Draw(NamedTuple):
     """One place in a batch."""
@@ -51,7 +57,7 @@ class Draw(NamedTuple):
     key: tuple[int, ...]  # seeds this patch's own random numbers
 
 
-def split_pictures(config: DataConfig) -> tuple[dict[Path, int], list[Path]]:
+def split_images(config: DataConfig) -> tuple[dict[Path, int], list[Path]]:
     """The images to train on, with the visits to each in an epoch, and those to validate on.
 
     One folder's images are visited `repeat` times each. Of several folders, an epoch has as many
@@ -397,3 +403,19 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=pin,
     )
+
+
+def load_batches(
+    dataset: PatchDataset, seed: int, start: int, stop: int, *, accumulate: int, pin: bool
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every step from `start` until before `stop`.
+
+    Raises:
+        InputError: an image cannot be read any more.
+    """
+    loaded = iter(make_loader(dataset, seed, start, stop, accumulate, pin))
+    for _ in range(start, stop):
+        try:
+            yield [next(loaded) for _ in range(accumulate)]
+        except InputError as error:  # from a loader process it comes with that one's traceback
+            raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None

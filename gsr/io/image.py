@@ -75,6 +75,38 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise InputError(f"{path} does not fit in memory ({type(error).__name__})") from None
 
 
+def lossy_compression(path: str | os.PathLike) -> str | None:
+    """Name the lossy compression of an image file, such as "JPEG"; None if it lost nothing.
+
+    Told from the file's header. Formats that have both kinds count by what this file has.
+    """
+    with Image.open(path) as image:
+        kind, compression = image.format, str(image.info.get("compression"))
+    if kind in ("JPEG", "MPO"):
+        return "JPEG"
+    if kind in ("AVIF", "HEIF"):
+        return kind
+    if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
+        return f"TIFF with {compression.removeprefix('tiff_')}"
+    if kind == "WEBP" and _webp_is_lossy(path):
+        return "lossy WebP"
+    return None
+
+
+def _webp_is_lossy(path: str | os.PathLike) -> bool:
+    """Whether any frame of a WebP file is VP8; VP8L is lossless."""
+    with open(path, "rb") as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            kind, length = header[:4], int.from_bytes(header[4:], "little")
+            if kind == b"VP8 ":
+                return True
+            if kind == b"ANMF":  # a frame: 16 bytes, then chunks of its own
+                length = 16
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False
+
+
 def upright(image: Image.Image) -> Image.Image:
     """A copy of a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
     try:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
 FORMAT = 3  # of config.json; raised when older code could not read it any more
-BUNDLED = Path(__file__).parents[1] / "weights" / "gsr-lite"
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+# The models that ship: for lossless images, and for lossy or noisy ones.
+BUNDLED = {"lite": _WEIGHTS / "gsr-lite", "photo": _WEIGHTS / "gsr-photo"}
 _FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
 
 
@@ -33,16 +35,26 @@ class _File:
 
 
 def load(path: str | os.PathLike | None = None) -> GaussianSR:
-    """The model at `path`, or the bundled one, on the CPU in evaluation mode.
+    """Load a model by name or path, on the CPU, in evaluation mode.
 
-    See `load_model`. Raises InputError also if this installation has no bundled model.
+    Args:
+        path: "lite" or None, the bundled model for lossless images; "photo", that for JPEG and
+            other lossy files, noise and blur; or a path, see `load_model` ("./lite" is a folder of
+            that name).
+
+    Raises:
+        InputError: as `load_model`, or this installation lacks the bundled model.
     """
-    if path is None and not (BUNDLED / "config.json").is_file():
+    path = "lite" if path is None else path
+    if path not in BUNDLED:
+        return load_model(path)
+    folder = BUNDLED[path]
+    if not (folder / "config.json").is_file():
         raise InputError(
-            f"this installation of gsr has no bundled model ({BUNDLED.name}); "
+            f"this installation of gsr has no bundled model {path} ({folder.name}); "
             "name a model folder, or reinstall the package"
         )
-    return load_model(BUNDLED if path is None else path)
+    return load_model(folder)
 
 
 def load_model(path: str | os.PathLike) -> GaussianSR:

@@ -204,8 +204,7 @@ def _call(op, now: Callable[..., Tensor], tensor: Tensor, *others) -> Tensor:
 def _fill(gradients, like) -> tuple[Tensor, ...]:
     """Gradients in the types of what they belong to; an operator returns no None."""
     return tuple(
-        torch.empty(0) if g is None else g.to(t.dtype)
-        for g, t in zip(gradients, like, strict=True)
+        torch.empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, like, strict=True)
     )
 
 

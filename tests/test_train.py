@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -18,19 +17,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gsr import training
+import train
 from gsr import viz as inspection
 from gsr.config import load_config
-from gsr.data.patches import Batch, pixel_coords
+from gsr.data.patches import Batch, pixel_coords, split_images
 from gsr.errors import InputError
 from gsr.io.image import list_images, to_uint8
 from gsr.io.paths import alone
-from gsr.models.checkpoint import BUNDLED, load_model
+from gsr.models import GaussianSR
+from gsr.models.checkpoint import BUNDLED, load_model, save_model
 from gsr.models.heads.bank import assign
 from gsr.ops.resize import bicubic
-from gsr.training import VAL_SCALES, Trainer, learning_rate, main, validate
+from gsr.runs import VAL_SCALES, validate, validation_pairs
 from gsr.viz import draw_gaussians
 from tests.children import finish, start
+from train import learning_rate
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"
@@ -44,6 +45,16 @@ TINY = [
 
 def config(folder, *overrides):
     return load_config(ROOT / "configs" / "smoke.yaml", [f"output={folder}", *TINY, *overrides])
+
+
+def go(config, resume=False):
+    return train.train(config, resume, progress=False)
+
+
+def fresh(config):
+    """The model as a training of this config begins."""
+    torch.manual_seed(config.train.seed)
+    return GaussianSR(config.model)
 
 
 def weights(folder):
@@ -61,7 +72,7 @@ def test_learns_in_every_mode(tmp_path, mode):
         "model.bank.points=9", "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
         "model.decoder.hidden_list=[16, 16]", "train.warmup=0", "train.clip=null",
     )  # fmt: skip
-    Trainer(c).fit(progress=False)
+    go(c)
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     # `direct` starts from the bicubic enlargement, so that there is less for it to learn
@@ -71,7 +82,7 @@ def test_learns_in_every_mode(tmp_path, mode):
 
 def test_same_seed_same_weights(tmp_path):
     def run(name, *overrides):
-        Trainer(config(tmp_path / name, "train.steps=6", *overrides)).fit(progress=False)
+        go(config(tmp_path / name, "train.steps=6", *overrides))
         return weights(tmp_path / name)
 
     first = run("a")
@@ -88,9 +99,9 @@ def test_resume_is_exact(tmp_path, mode):
         "model.decoder.hidden_list=[16]", "train.schedule=step", "train.ema=0.9",
         "train.accumulate=2",
     ]  # fmt: skip
-    Trainer(config(tmp_path / "whole", "train.steps=9", *small)).fit(progress=False)
-    Trainer(config(tmp_path / "parts", "train.steps=6", *small)).fit(progress=False)
-    Trainer(config(tmp_path / "parts", "train.steps=9", *small), resume=True).fit(progress=False)
+    go(config(tmp_path / "whole", "train.steps=9", *small))
+    go(config(tmp_path / "parts", "train.steps=6", *small))
+    go(config(tmp_path / "parts", "train.steps=9", *small), resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
@@ -118,16 +129,16 @@ def flat(state, where=""):
     return {k: v for key, value in items for k, v in flat(value, f"{where}/{key}").items()}
 
 
-def interrupted_at(last):
-    """A training step that Ctrl-C ends once so many have been done."""
-    step = Trainer._train_step
+def interrupted_at(monkeypatch, last):
+    """Ctrl-C ends the training before that step."""
+    real = train.training_step
 
-    def interrupted(self, *parts):
-        if self.step == last:
+    def interrupted(*given, step, **more):
+        if step == last:
             raise KeyboardInterrupt
-        return step(self, *parts)
+        return real(*given, step=step, **more)
 
-    return interrupted
+    monkeypatch.setattr(train, "training_step", interrupted)
 
 
 def wait_until(true, child, seconds=60):
@@ -140,7 +151,7 @@ def test_killed_ten_times_and_resumed_is_never_killed(tmp_path):
     """SIGKILL at random moments, five of them inside the writing of a file that has been chosen."""
     steps = ["train.steps=80", "train.save_every=1", "train.val_every=20", "train.log_every=5"]
     options = [*TINY, *steps, "train.ema=0.9", "train.keep=2"]
-    quick = "import gsr.training; gsr.training._show_gaussians = lambda *given: None\n"
+    quick = "import gsr.runs; gsr.runs.show = lambda *given: None\n"
     first = start(tmp_path / "out", f"output={tmp_path / 'whole'}", *options, before=quick)
     assert finish(first) == [0]
     run, draw = tmp_path / "killed" / "smoke", random.Random(0)
@@ -192,150 +203,36 @@ def full_disk(monkeypatch, after):
     monkeypatch.setattr("os.fsync", fsync)
 
 
-@pytest.mark.parametrize("after", range(5, 9))  # the first state is four files, the others three
-def test_a_full_disk_costs_nothing_that_is_written(tmp_path, monkeypatch, after):
+def test_a_full_disk_costs_nothing_that_is_written(tmp_path, monkeypatch):
     steps = ["train.steps=4", "train.save_every=1", "train.val_every=9", "train.log_every=9"]
-    Trainer(config(tmp_path / "whole", *steps)).fit(progress=False)
-    trainer = Trainer(config(tmp_path / "full", *steps))
-    with monkeypatch.context() as patch:
-        full_disk(patch, after)
-        sentence = r"cannot be written at step \d \(No space left on device\): free some space and "
-        with pytest.raises(InputError, match=sentence + r"resume from .*state.pt \(step \d\)"):
-            trainer.fit(progress=False)
+    go(config(tmp_path / "whole", *steps))
     run = tmp_path / "full" / "smoke"
-    assert not list(run.rglob("*.gsr-tmp"))
-    load_model(run / "model")
-    Trainer(config(tmp_path / "full", *steps), resume=True).fit(progress=False)
+    for after in (5, 6, 7):  # the first state is four files, the others three
+        with monkeypatch.context() as patch:
+            full_disk(patch, after)
+            with pytest.raises((OSError, InputError), match="No space left on device"):
+                go(config(tmp_path / "full", *steps), resume=(run / "state.pt").exists())
+        assert not list(run.rglob("*.gsr-tmp"))
+        load_model(run / "model")
+    go(config(tmp_path / "full", *steps), resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
-
-
-def test_a_full_disk_before_the_first_state(tmp_path, monkeypatch):
-    trainer = Trainer(config(tmp_path, "train.steps=2"))
-    full_disk(monkeypatch, 0)
-    with pytest.raises(InputError, match="free some space and start again$"):
-        trainer.fit(progress=False)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
-def test_a_log_that_cannot_grow(tmp_path):
-    trainer = Trainer(config(tmp_path, "train.steps=2"))
-    trainer.log = Path("/dev/full")
-    with pytest.raises(InputError, match="No space left on device"):
-        trainer.fit(progress=False)
-
-
-def test_a_file_that_the_system_does_not_let_grow(tmp_path):
-    steps = ["train.schedule=step", "train.save_every=1", "train.val_every=99"]
-    Trainer(config(tmp_path, *steps, "train.steps=2")).fit(progress=False)
-    run = tmp_path / "smoke"
-    before, size = (run / "state.pt").read_bytes(), (run / "state.pt").stat().st_size
-    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size - 1}, {size - 1}))"
-    argv = [f"output={tmp_path}", *TINY, *steps, "train.steps=4", "--resume"]
-    assert finish(start(tmp_path / "out", *argv, before=limit)) == [2]
-    said = (tmp_path / "out").read_text().splitlines()[-1]
-    assert said == (
-        f"gsr: error: {run} cannot be written at step 3 (File too large): free some space and "
-        f"resume from {run / 'state.pt'} (step 2)"
-    )
-    assert (run / "state.pt").read_bytes() == before
-
-
-def full_board(monkeypatch, error):
-    """TensorBoard's own thread fails at its third entry; returns what threads tell of failures."""
-    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
-    calls, told = iter(range(2)), []
-
-    def write(self, data):
-        if next(calls, None) is None:
-            raise error
-
-    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
-    monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(failed.exc_value))
-    return told
-
-
-def test_a_disk_that_is_full_for_tensorboard(tmp_path, monkeypatch):
-    trainer = Trainer(config(tmp_path, "train.steps=9", "train.log_every=1"))
-    told = full_board(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    hook = threading.excepthook
-    with pytest.raises(InputError, match=r"cannot be written at step \d .No space left on device."):
-        trainer.fit(progress=False)
-    assert not told and threading.excepthook is hook
-
-
-def test_other_failures_of_tensorboard_are_told(tmp_path, monkeypatch):
-    trainer = Trainer(config(tmp_path, "train.steps=9", "train.log_every=1"))
-    told = full_board(monkeypatch, OSError(errno.EIO, "Input/output error"))
-    with pytest.raises(OSError, match="Input/output error"):
-        trainer.fit(progress=False)
-    assert len(told) == 1 and told[0].errno == errno.EIO
-
-
-def test_a_loader_process_that_is_killed(tmp_path, monkeypatch):
-    step = Trainer._train_step
-
-    def kill(self, *parts):
-        if self.step == 4:
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGKILL)
-        return step(self, *parts)
-
-    monkeypatch.setattr(Trainer, "_train_step", kill)
-    steps = ["train.steps=20", "train.save_every=3", "data.workers=1"]
-    trainer = Trainer(config(tmp_path, *steps))
-    sentence = r"ended from outside at step \d+, .*: lower data.workers and resume from .*state.pt"
-    with pytest.raises(InputError, match=sentence):
-        trainer.fit(progress=False)
-    monkeypatch.undo()
-    trainer = Trainer(config(tmp_path, "train.steps=20", "data.workers=0"), resume=True)
-    assert trainer.step == 3
-
-
-class Faulty:
-    """Pictures that fail in the loader process, as a mistake in the code would."""
-
-    def __init__(self, dataset):
-        self.config, self.visits, self.count = dataset.config, dataset.visits, len(dataset)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, draw):
-        raise RuntimeError("a mistake")
-
-
-def test_a_mistake_in_a_loader_process_is_no_killed_process(tmp_path):
-    trainer = Trainer(config(tmp_path, "data.workers=1"))
-    trainer.dataset = Faulty(trainer.dataset)
-    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
-        trainer.fit(progress=False)
-
-
-def test_a_broken_pipe_elsewhere_is_no_killed_process(tmp_path, monkeypatch):
-    def broken(self, *parts):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr(Trainer, "_train_step", broken)
-    with pytest.raises(BrokenPipeError):
-        Trainer(config(tmp_path)).fit(progress=False)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
 def test_two_trainings_of_one_name(tmp_path):
     steps = ["train.steps=3", "train.schedule=step"]
-    first = Trainer(config(tmp_path, *steps))
-    before = sorted(p.name for p in (tmp_path / "smoke").iterdir())
-    with pytest.raises(InputError, match="another training is at work in .*smoke; wait until"):
-        Trainer(config(tmp_path, "train.steps=5"))
-    assert sorted(p.name for p in (tmp_path / "smoke").iterdir()) == before
-    first.fit(progress=False)
+    held = tmp_path / "smoke"
+    held.mkdir()
+    with alone(held, "held"), pytest.raises(InputError, match="another training is at work in .*"):
+        go(config(tmp_path, "train.steps=5"))
+    assert not list(held.iterdir())
+    go(config(tmp_path, *steps))
     again = [*steps[1:], "train.steps=4"]
-    second = Trainer(config(tmp_path, *again), resume=True)
-    with pytest.raises(InputError, match="another training is at work"):
-        Trainer(config(tmp_path, *again), resume=True)
-    second.fit(progress=False)
+    with alone(held, "held"), pytest.raises(InputError, match="another training is at work"):
+        go(config(tmp_path, *again), resume=True)
+    go(config(tmp_path, *again), resume=True)
     with pytest.raises(InputError, match="is finished"):
-        Trainer(config(tmp_path, *again), resume=True).fit(progress=False)
+        go(config(tmp_path, *again), resume=True)
 
 
 def outlive(ready):
@@ -362,70 +259,38 @@ def test_a_loader_process_does_not_hold_the_folder(tmp_path):
         child.join()
 
 
-def test_a_training_that_ended_while_another_was_being_built(tmp_path, monkeypatch):
-    def late(*given):
-        monkeypatch.undo()
-        Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
-        return describe(*given)
-
-    describe = training.describe_images
-    monkeypatch.setattr(training, "describe_images", late)
-    with pytest.raises(InputError, match="holds a run already"):
-        Trainer(config(tmp_path, "train.steps=1"))
-
-
 @pytest.mark.parametrize("left", ["state-2.pt", "best", "model"])
 def test_what_is_left_of_a_run_is_not_written_over(tmp_path, left):
     steps = ["train.steps=3", "train.save_every=1", "train.keep=1"]
-    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    go(config(tmp_path, *steps))
     run = tmp_path / "smoke"
     for path in run.iterdir():
         if path.name != left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(InputError, match=f"smoke holds {left} of another run: move it away or"):
-        Trainer(config(tmp_path, *steps))
+        go(config(tmp_path, *steps))
     assert [path.name for path in run.iterdir()] == [left]
 
 
-def test_a_run_that_has_saved_no_state_starts_again(tmp_path, monkeypatch):
-    """Also after its first validation, whose weights are in `best`."""
-    monkeypatch.setattr(training, "show", lambda *_: None)
-    steps = ["train.steps=3", "train.val_every=1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted_at(2))
-        with pytest.raises(KeyboardInterrupt):
-            Trainer(config(tmp_path, *steps)).fit(progress=False)
-    run = tmp_path / "smoke"
-    assert (run / "best").exists() and not (run / "state.pt").exists()
-    Trainer(config(tmp_path, *steps)).fit(progress=False)
-    assert (run / "state.pt").exists() and not list(run.glob(".*"))
-
-
-def test_earlier_states_are_kept_and_one_is_gone_back_to(tmp_path):
+def test_earlier_states_are_kept_and_one_is_gone_back_to(tmp_path, monkeypatch):
     steps = ["train.steps=10", "train.save_every=2", "train.keep=3", "train.log_every=1"]
-    Trainer(config(tmp_path, *steps)).fit(progress=False)
+    go(config(tmp_path, *steps))
     run = tmp_path / "smoke"
     assert sorted(p.name for p in run.glob("state*")) == [
         "state-4.pt", "state-6.pt", "state-8.pt", "state.pt"
     ]  # fmt: skip
     final = weights(tmp_path)
     shutil.copy(run / "state-6.pt", run / "state.pt")
-    trainer = Trainer(config(tmp_path, *steps, "train.keep=1"), resume=True)
-    assert trainer.step == 6 and not (run / "state-8.pt").exists()
-    trainer.fit(progress=False)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, *steps, "train.keep=1"), resume=True)
+    assert not (run / "state-8.pt").exists()
+    go(config(tmp_path, *steps, "train.keep=1"), resume=True)
     assert same(final, weights(tmp_path))
     assert sorted(p.name for p in run.glob("state*")) == ["state-8.pt", "state.pt"]
     rows = [json.loads(line) for line in open(run / "log.jsonl")]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
-
-
-def test_states_are_kept_where_there_are_no_links(tmp_path, monkeypatch):
-    def link(*_):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", link)
-    Trainer(config(tmp_path, "train.steps=3", "train.save_every=1", "train.keep=1")).fit(False)
-    assert torch.load(tmp_path / "smoke" / "state-2.pt", weights_only=True)["step"] == 2
 
 
 def test_the_running_mean_is_what_is_measured_and_written(tmp_path, monkeypatch):
@@ -435,11 +300,11 @@ def test_the_running_mean_is_what_is_measured_and_written(tmp_path, monkeypatch)
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
         return {"psnr": float(len(seen))}
 
-    monkeypatch.setattr("gsr.training.validate", score)
+    monkeypatch.setattr("gsr.runs.validate", score)
     steps = ["train.steps=4", "train.save_every=1", "train.keep=9", "train.val_every=1"]
-    trainer = Trainer(config(tmp_path, *steps, "train.ema=0.75", "train.lr=1e-2"))
-    mean = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.fit(progress=False)
+    c = config(tmp_path, *steps, "train.ema=0.75", "train.lr=1e-2")
+    mean = fresh(c).state_dict()
+    go(c)
     run = tmp_path / "smoke"
     for step, measured in enumerate(seen, 1):
         path = run / ("state.pt" if step == 4 else f"state-{step}.pt")
@@ -460,9 +325,8 @@ def test_micro_batches_make_the_same_step(tmp_path, mode):
             "model.encoder.n_feats=12", "model.bank.points=9", "model.decoder.hidden_dim=16",
             "model.decoder.hidden_list=[16]", "train.log_every=1", *overrides,
         )  # fmt: skip
-        trainer = Trainer(c)
-        first = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-        trainer.fit(progress=False)
+        first = fresh(c).state_dict()
+        go(c)
         rows = [json.loads(row) for row in open(tmp_path / name / "smoke" / "log.jsonl")]
         return first, weights(tmp_path / name), [r["loss"] for r in rows if r["kind"] == "train"]
 
@@ -512,17 +376,17 @@ def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
         "model.bank.points=9", "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
         "model.decoder.hidden_list=[16]",
     )  # fmt: skip
-    trainer = Trainer(c)
-    trainer.fit(progress=False)
+    go(c)
     events = watched(tmp_path)
-    _, lr, hr = next(pair for pair in trainer.pairs if pair[0] == 4)
+    _, lr, hr = next(p for p in validation_pairs(split_images(c.data)[1]) if p[0] == 4)
+    model = load_model(tmp_path / "smoke" / "model")
     first, second = events.Images("val/bicubic_ours_hr")
     assert (first.step, second.step) == (1, 2)
     left, ours, right = np.split(shown(second), 3, axis=1)
     assert np.array_equal(left, to_uint8(bicubic(lr, hr.shape[-2:])))
     assert np.array_equal(right, to_uint8(hr))
     with torch.inference_mode():
-        now = trainer.model.eval()(lr, scale=4, size=hr.shape[-2:])
+        now = model(lr, scale=4, size=hr.shape[-2:])
     assert np.array_equal(ours, to_uint8(now))
     tags = events.Tags()
     assert ("val/gaussians" in tags["images"]) == (mode != "official")
@@ -531,7 +395,7 @@ def test_tensorboard_shows_a_crop(tmp_path, mode, monkeypatch):
     if mode != "direct":
         values = events.Histograms("val/classes")[1].histogram_value
         with torch.inference_mode():
-            classes = trainer.model.head.classifier(trainer.model.encoder(lr)).argmax(1)
+            classes = model.head.classifier(model.encoder(lr)).argmax(1)
         assert values.num == lr.shape[-2] * lr.shape[-1]
         assert values.sum == classes.sum()
         at = {int(low): n for low, n in zip(values.bucket_limit, values.bucket, strict=True)}
@@ -548,34 +412,22 @@ def test_tensorboard_across_a_resume(tmp_path):
         return [event.step for event in watched(tmp_path).Scalars("train/loss")]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted_at(5))
+        interrupted_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
-            Trainer(config(tmp_path, "train.steps=8", *steps)).fit(progress=False)
+            go(config(tmp_path, "train.steps=8", *steps))
     assert scalars() == [1, 2, 3, 4, 5]
     time.sleep(1.1)  # TensorBoard sorts its files by the second in their names
-    trainer = Trainer(config(tmp_path, "train.steps=8", *steps), resume=True)
-    assert trainer.step == 3
-    trainer.fit(progress=False)
+    go(config(tmp_path, "train.steps=8", *steps), resume=True)
     assert scalars() == list(range(1, 9))
 
 
-def test_tensorboard_forgets_a_run_that_starts_again(tmp_path):
-    steps = ["train.steps=3", "train.log_every=1", "train.val_every=99", "train.save_every=99"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted_at(2))
-        with pytest.raises(KeyboardInterrupt):
-            Trainer(config(tmp_path, *steps)).fit(progress=False)
-    time.sleep(1.1)
-    Trainer(config(tmp_path, *steps)).fit(progress=False)
-    assert [event.step for event in watched(tmp_path).Scalars("train/loss")] == [1, 2, 3]
-
-
 def test_the_real_drawing_of_gaussians(tmp_path):
-    trainer = Trainer(config(tmp_path, "train.steps=1"))
-    trainer.fit(progress=False)
-    _, lr, _ = next(pair for pair in trainer.pairs if pair[0] == 4)
+    c = config(tmp_path, "train.steps=1")
+    go(c)
+    _, lr, _ = next(p for p in validation_pairs(split_images(c.data)[1]) if p[0] == 4)
     (event,) = watched(tmp_path).Images("val/gaussians")
-    assert np.array_equal(shown(event), draw_gaussians(trainer.model, to_uint8(lr), zoom=8))
+    model = load_model(tmp_path / "smoke" / "model")
+    assert np.array_equal(shown(event), draw_gaussians(model, to_uint8(lr), zoom=8))
 
 
 def test_schedules():
@@ -599,57 +451,56 @@ def test_validation_measures(tmp_path):
 
     hr = torch.full((1, 3, 48, 48), 0.5)
     pairs = [(s, hr[..., ::s, ::s], hr) for s in VAL_SCALES]
-    for value in validate(Off(), pairs, torch.device("cpu")).values():
+    for value in validate(Off(), pairs).values():
         assert abs(value - 20) < 1e-4
 
 
 def test_refusals(tmp_path):
-    Trainer(config(tmp_path, "train.steps=1")).fit(progress=False)
+    go(config(tmp_path, "train.steps=1"))
     with pytest.raises(InputError, match="--resume"):
-        Trainer(config(tmp_path, "train.steps=1"))
+        go(config(tmp_path, "train.steps=1"))
     with pytest.raises(InputError, match="without --resume"):
-        Trainer(config(tmp_path / "new"), resume=True)
+        go(config(tmp_path / "new"), resume=True)
     with pytest.raises(InputError, match="another model.encoder.n_feats, train.lr:"):
-        Trainer(config(tmp_path, "model.encoder.n_feats=8", "train.lr=1", "train.steps=1"), True)
+        go(config(tmp_path, "model.encoder.n_feats=8", "train.lr=1", "train.steps=1"), True)
     with pytest.raises(InputError, match="is finished"):
-        Trainer(config(tmp_path, "train.steps=1", "train.log_every=3"), resume=True).fit(False)
+        go(config(tmp_path, "train.steps=1", "train.log_every=3"), resume=True)
     state = tmp_path / "smoke" / "state.pt"
     whole = torch.load(state, weights_only=True)
     del whole["best"]
     torch.save(whole, state)
     with pytest.raises(InputError, match="state.pt is damaged .KeyError"):
-        Trainer(config(tmp_path, "train.steps=1"), resume=True)
+        go(config(tmp_path, "train.steps=1"), resume=True)
     state.write_bytes(b"PK")
     with pytest.raises(InputError, match="state.pt is damaged"):
-        Trainer(config(tmp_path, "train.steps=1"), resume=True)
+        go(config(tmp_path, "train.steps=1"), resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
-        Trainer(config(tmp_path / "file"))
+        go(config(tmp_path / "file"))
     with pytest.raises(InputError, match="device"):
-        Trainer(config(tmp_path / "new", "train.device=gpu"))
+        go(config(tmp_path / "new", "train.device=gpu"))
     with pytest.raises(InputError, match="data.batch 2 cannot be cut .* train.accumulate 3"):
-        Trainer(config(tmp_path / "new", "train.accumulate=3"))
+        go(config(tmp_path / "new", "train.accumulate=3"))
 
 
 def test_a_resumed_run_has_its_own_pictures(tmp_path):
     photos, steps = tmp_path / "photos", ["train.schedule=step", "data.val_count=2"]
     shutil.copytree(PHOTOS, photos)
     steps.append(f"data.train={photos}")
-    Trainer(config(tmp_path, "train.steps=1", *steps)).fit(progress=False)
+    go(config(tmp_path, "train.steps=1", *steps))
     more = [*steps, "train.steps=2"]
     first = list_images(photos)[0]
     renamed = first.rename(photos / f"0{first.suffix}")
     with pytest.raises(InputError, match="data.train: this run .* 4 images .* 4 images .*now"):
-        Trainer(config(tmp_path, *more), resume=True)
+        go(config(tmp_path, *more), resume=True)
     renamed.rename(first)
     path = tmp_path / "smoke" / "state.pt"
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "pictures": {**state["pictures"], "val": "none"}}, path)
+    torch.save({**state, "images": {**state["images"], "val": "none"}}, path)
     with pytest.raises(InputError, match="data.val: this run was started with none"):
-        Trainer(config(tmp_path, *more), resume=True)
-    del state["pictures"]  # as earlier versions wrote it
+        go(config(tmp_path, *more), resume=True)
     torch.save(state, path)
-    Trainer(config(tmp_path, *more), resume=True).fit(progress=False)
+    go(config(tmp_path, *more), resume=True)
 
 
 def test_what_has_diverged_is_not_saved(tmp_path):
@@ -658,7 +509,7 @@ def test_what_has_diverged_is_not_saved(tmp_path):
         "train.val_every=50", "train.clip=null",
     )  # fmt: skip
     with pytest.raises(InputError, match="are not finite by step"):
-        Trainer(c).fit(progress=False)
+        go(c)
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
 
 
@@ -673,12 +524,14 @@ def one_batch():
 
 def test_one_step_is_adam_on_the_mean_absolute_error(tmp_path):
     plain = ["train.schedule=step", "train.lr=1e-2", "train.warmup=0", "train.clip=null"]
-    trainer, batch = Trainer(config(tmp_path, *plain)), one_batch()
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    model = trainer.model
+    c, batch = config(tmp_path, *plain).train, one_batch()
+    model = fresh(config(tmp_path)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     loss = (model(batch.lr, size=batch.size, coord=batch.coord) - batch.target).abs().mean()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    assert abs(trainer._train_step(batch).item() - loss.item()) < 1e-6
+    loss_of, optimizer = train.Loss(model, "fp32"), torch.optim.Adam(model.parameters())
+    done = train.training_step(loss_of, optimizer, [batch], config=c, rate=1e-2, step=1)
+    assert abs(done.item() - loss.item()) < 1e-6
     for (name, now), g in zip(model.named_parameters(), gradients, strict=True):
         # Adam's first step is lr in the direction of each gradient's sign.
         expected = before[name] - 1e-2 * g / (g.abs() + 1e-8)
@@ -688,7 +541,7 @@ def test_one_step_is_adam_on_the_mean_absolute_error(tmp_path):
 
 def test_the_schedule_is_applied(tmp_path):
     c = config(tmp_path, "train.steps=10", "train.warmup=4", "train.log_every=1")
-    Trainer(c).fit(progress=False)
+    go(c)
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
     rates = [row["lr"] for row in rows if row["kind"] == "train"]
     assert rates == [learning_rate(c.train, s, 10, 1) for s in range(10)]
@@ -697,52 +550,57 @@ def test_the_schedule_is_applied(tmp_path):
 
 def test_clip_and_precision(tmp_path):
     def gradients(*overrides):
-        trainer = Trainer(config(tmp_path / str(len(list(tmp_path.iterdir()))), *overrides))
-        trainer._train_step(one_batch())
-        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        c = config(tmp_path, *overrides)
+        model = fresh(c).train()
+        loss_of = train.Loss(model, c.train.precision)
+        optimizer = torch.optim.Adam(model.parameters())
+        train.training_step(loss_of, optimizer, [one_batch()], config=c.train, rate=1e-3, step=1)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    full = gradients()
+    full = gradients("train.clip=null")
     clipped = gradients("train.clip=1e-3")
     assert full.norm() > 2e-3
     assert abs(clipped.norm().item() - 1e-3) < 1e-6
-    half = gradients("train.precision=bf16")
+    half = gradients("train.clip=null", "train.precision=bf16")
     assert 1e-5 < (half - full).norm() / full.norm() < 0.2
 
 
 def test_best_is_kept_also_across_a_resume(tmp_path, monkeypatch):
     scores = iter([1.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr("gsr.training.validate", lambda *_: {"psnr": next(scores)})
+    monkeypatch.setattr("gsr.runs.validate", lambda *_: {"psnr": next(scores)})
     steps = ["train.val_every=1", "train.save_every=1", "train.schedule=step", "train.lr=1e-2"]
-    Trainer(config(tmp_path, "train.steps=2", *steps)).fit(progress=False)
+    go(config(tmp_path, "train.steps=2", *steps))
     best = {k: v.clone() for k, v in load_model(tmp_path / "smoke" / "best").state_dict().items()}
     assert same(best, weights(tmp_path))
-    Trainer(config(tmp_path, "train.steps=4", *steps), resume=True).fit(progress=False)
+    go(config(tmp_path, "train.steps=4", *steps), resume=True)
     assert same(best, load_model(tmp_path / "smoke" / "best").state_dict())
     assert not same(best, weights(tmp_path))
 
 
 def test_init_starts_from_weights(tmp_path):
-    Trainer(config(tmp_path / "a", "train.steps=2", "train.lr=1e-2")).fit(progress=False)
+    go(config(tmp_path / "a", "train.steps=2", "train.lr=1e-2"))
     init = f"init={tmp_path / 'a' / 'smoke' / 'model'}"
-    trainer = Trainer(config(tmp_path / "b", init))
-    assert same(weights(tmp_path / "a"), trainer.model.state_dict())
+    go(config(tmp_path / "b", init, "train.steps=1", "train.lr=1e-30"))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     with pytest.raises(InputError, match="init: .* it has another direct.gaussians$"):
-        Trainer(config(tmp_path / "c", init, "model.direct.gaussians=2"))
+        go(config(tmp_path / "c", init, "model.direct.gaussians=2"))
 
 
 def test_the_config_of_the_bundled_weights_is_theirs():
-    assert load_config(ROOT / "configs" / "gsr-lite.yaml").model == load_model(BUNDLED).config
+    assert (
+        load_config(ROOT / "configs" / "gsr-lite.yaml").model == load_model(BUNDLED["lite"]).config
+    )
 
 
 def test_a_users_own_files_stay(tmp_path):
     c = config(tmp_path, "train.steps=2", "train.schedule=step")
-    Trainer(c).fit(progress=False)
+    go(c)
     run = tmp_path / "smoke"
     (run / ".notes").write_text("mine")
     (run / ".ipynb_checkpoints").mkdir()
     (run / ".state.pt.x.gsr-tmp").write_text("left over")
     c.train.steps = 3
-    Trainer(c, resume=True)
+    go(c, resume=True)
     assert (run / ".notes").exists() and (run / ".ipynb_checkpoints").exists()
     assert not (run / ".state.pt.x.gsr-tmp").exists()
 
@@ -750,27 +608,24 @@ def test_a_users_own_files_stay(tmp_path):
 def test_options_and_overrides_in_any_order(tmp_path, monkeypatch):
     seen = {}
 
-    class Fake:
-        folder = tmp_path
+    def fake(config, resume):
+        seen.update(name=config.name, lr=config.train.lr, resume=resume)
+        return {}
 
-        def __init__(self, config, resume):
-            seen.update(name=config.name, lr=config.train.lr, resume=resume)
-
-        def fit(self):
-            return {}
-
-    monkeypatch.setattr("gsr.training.Trainer", Fake)
+    monkeypatch.setattr(train, "train", fake)
     smoke = str(ROOT / "configs" / "smoke.yaml")
-    main(["train.lr=2", "--config", smoke, "name=x", "--resume"])
+    train.main(["train.lr=2", "--config", smoke, "name=x", "--resume"])
     assert seen == {"name": "x", "lr": 2.0, "resume": True}
 
 
 def test_a_model_that_ignores_its_input_ends_the_run(tmp_path):
     """All hidden channels of the head dead, as under ReLU with too high a rate."""
     steps = ["train.steps=6", "train.log_every=2", "train.save_every=100"]
-    trainer = Trainer(config(tmp_path, *steps, "model.direct.activation=relu"))
-    torch.nn.init.constant_(trainer.model.head.hidden.bias, -1e6)
+    c = config(tmp_path, *steps, "model.direct.activation=relu", f"init={tmp_path / 'dead'}")
+    model = fresh(c)
+    torch.nn.init.constant_(model.head.hidden.bias, -1e6)
+    save_model(tmp_path / "dead", model)
     with pytest.raises(InputError, match="no longer depends on the encoder by step 4: .*train.lr"):
-        trainer.fit(progress=False)
+        go(c)
     # The first step alone, whose colours are zero, does not count.
-    Trainer(config(tmp_path, "name=alive", "train.log_every=1", *steps[:1])).fit(progress=False)
+    go(config(tmp_path, "name=alive", "train.log_every=1", *steps[:1]))
