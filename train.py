@@ -40,6 +40,7 @@ from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model
+from gsr.optim import make_optimizer
 from gsr.runs import Run, check_alive, check_finite, different_keys, validation_pairs
 
 
@@ -62,12 +63,12 @@ class Loss(nn.Module):
         return (out - batch.target).abs().mean()
 
 
-def learning_rate(config: TrainConfig, step: int, total: int, per_epoch: int) -> float:
-    """Learning rate of a step: a function of its number, so that there is no state to resume."""
+def learning_rate(config: TrainConfig, step: int, total: int, per_epoch: int, lr: float) -> float:
+    """`lr` as the schedule has it at a step: a function, so that there is no state to resume."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "cosine":
-        return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
-    return config.lr * warm * config.gamma ** (step // (per_epoch * config.step_epochs))
+        return lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+    return lr * warm * config.gamma ** (step // (per_epoch * config.step_epochs))
 
 
 def train(config: Config, resume: bool = False, progress: bool = True) -> dict[str, float]:
@@ -91,7 +92,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
     if config.init is not None and not resume:
         start_from(config.init, model)
     model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=c.lr)
+    optimizer = make_optimizer(model, c)
     ema = None
     if c.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema))
@@ -116,10 +117,9 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
             waited += time.perf_counter() - before
             distributed.agree()  # a rank without data ends all of them
 
-            rate = learning_rate(c, step - 1, total, per_epoch)
-            losses.append(
-                training_step(loss_of, optimizer, micro_batches, config=c, rate=rate, step=step)
-            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(c, step - 1, total, per_epoch, group["initial_lr"])
+            losses.append(training_step(loss_of, optimizer, micro_batches, config=c, step=step))
             if ema:
                 ema.update_parameters(model)
 
@@ -134,6 +134,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
                 alive = check_alive(model, step, alive)
                 seconds = time.perf_counter() - since
                 share = waited / seconds  # of the time, waiting for data
+                rate = optimizer.param_groups[0]["lr"]
                 run.log(
                     "train", step, loss=loss, lr=rate, waiting=share,
                     steps_per_second=len(losses) / seconds,
@@ -155,15 +156,12 @@ def training_step(
     micro_batches: Sequence[Batch],
     *,
     config: TrainConfig,
-    rate: float,
     step: int,
 ) -> Tensor:
     """One optimiser step on this rank's micro-batches; return their mean loss, detached."""
     # Were a model to draw from the global generator, it would have no state to resume either.
     seed = np.random.SeedSequence([config.seed, 3, step - 1, distributed.rank()])
     torch.manual_seed(int(seed.generate_state(1)[0]))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     device, losses = next(loss_of.parameters()).device, []
     for i, batch in enumerate(micro_batches, 1):

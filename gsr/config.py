@@ -32,9 +32,9 @@ BYTES = r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B"  # an amount of memory
 class EncoderConfig:
     """Feature extractor at LR: [B, 3, h, w] in [0, 1] to [B, n_feats, h, w]."""
 
-    name: Literal["edsr", "rdn", "swinir"] = "edsr"
-    n_feats: int = 64  # channels; EDSR-baseline, RDN and SwinIR 64, EDSR 256
-    n_blocks: int = 16  # residual blocks, edsr and rdn; EDSR-baseline and RDN 16, EDSR 32
+    name: Literal["edsr", "span", "rdn", "swinir"] = "edsr"
+    n_feats: int = 64  # channels; EDSR-baseline, RDN and SwinIR 64, EDSR 256, SPAN 48
+    n_blocks: int = 16  # blocks of edsr, span and rdn; EDSR-baseline and RDN 16, EDSR 32, SPAN 6
     res_scale: float = 1.0  # edsr: factor on each residual branch; EDSR 0.1
     layers: int = 8  # rdn: convolutions of a block, each of which sees all before it
     growth: int = 64  # rdn: channels that each of them adds
@@ -171,7 +171,8 @@ class DataConfig:
 class TrainConfig:
     steps: int | None = None  # total optimiser steps; None: epochs * steps per epoch
     epochs: int = 2000  # used where steps is None
-    lr: float = 1e-4
+    lr: float = 1e-4  # of Adam
+    muon_lr: float | None = None  # of Muon for the encoder, such as 0.01; null: Adam for all
     schedule: Literal["step", "cosine"] = "step"
     step_epochs: int = 200  # `step`: multiply lr by `gamma` every so many epochs
     gamma: float = 0.5
@@ -281,6 +282,7 @@ CHECKS: dict[type, list[tuple]] = {
     EncoderConfig: [
         *_between(1, WIDEST, "n_feats"),
         *_between(1, 1024, "n_blocks"),
+        (("n_blocks", "name"), lambda c: c.name != "span" or c.n_blocks > 1, "at least 2 in span"),
         *_above_zero("res_scale"),
         *_between(1, 32, "layers"),
         *_between(1, WIDEST, "growth", "dim"),
@@ -376,7 +378,7 @@ CHECKS: dict[type, list[tuple]] = {
         *_between(1, LONGEST, "log_every", "val_every", "save_every"),
         *_between(1, 1_000_000, "accumulate"),
         *_between(0, LONGEST, "warmup", "keep"),
-        *_above_zero("lr", "clip"),
+        *_above_zero("lr", "muon_lr", "clip"),
         (("gamma",), lambda c: 0 < c.gamma <= 1, "above 0 and at most 1"),
         (("ema",), lambda c: c.ema is None or 0 < c.ema < 1, "above 0 and below 1"),
         (("seed",), lambda c: 0 <= c.seed < 2**32, "in 0 .. 2^32 - 1"),

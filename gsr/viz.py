@@ -212,9 +212,7 @@ def _shared(head: OfficialHead, encoded: np.ndarray, crop: Crop, *, scale: float
     label = np.arange(window**2).reshape(window, window)
     centre = np.stack(np.meshgrid(*places, indexing="ij"), -1) - crop.start
     inside = ((centre >= -0.5) & (centre < np.array(crop.size) - 0.5)).all(-1)
-    sigma_y, sigma_x, *flat = (
-        np.tile(v, count)[inside] for v in (*sigma, rho, opacity, label)
-    )
+    sigma_y, sigma_x, *flat = (np.tile(v, count)[inside] for v in (*sigma, rho, opacity, label))
     return Gaussians(centre[inside], np.stack([sigma_y, sigma_x], 1), *flat, window**2)
 
 

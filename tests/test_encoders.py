@@ -20,6 +20,7 @@ from gsr.models.stream import Band, Chain, Convolution, Dense, Residual
 
 SMALL = {
     "edsr": EncoderConfig("edsr", n_feats=6, n_blocks=2),
+    "span": EncoderConfig("span", n_feats=6, n_blocks=3),
     "rdn": EncoderConfig("rdn", n_feats=6, n_blocks=3, layers=2, growth=4),
     "swinir": EncoderConfig("swinir", n_feats=6, dim=8, depths=[2, 1, 3], heads=2, window=4),
 }
@@ -425,7 +426,7 @@ def test_saved_and_loaded(name, tmp_path):
 @pytest.mark.parametrize(
     "section, sentence",
     [
-        ({"name": "rcan"}, "name must be one of edsr, rdn, swinir"),
+        ({"name": "rcan"}, "name must be one of edsr, span, rdn, swinir"),
         ({"layers": 0}, "layers must be from 1 to 32"),
         ({"growth": 0}, "growth must be from 1"),
         ({"dim": 0}, "dim must be from 1"),

@@ -90,11 +90,13 @@ def test_same_seed_same_weights(tmp_path):
     assert not same(first, run("c", "train.seed=1"))
 
 
-@pytest.mark.parametrize("mode", ["direct", "official"])
-def test_resume_is_exact(tmp_path, mode):
+@pytest.mark.parametrize(
+    "mode, muon", [("direct", "null"), ("direct", "0.01"), ("official", "null")]
+)
+def test_resume_is_exact(tmp_path, mode, muon):
     """Stopped by the end of its steps and resumed; `official` draws Gumbel noise as it trains."""
     small = [
-        f"model.mode={mode}", "train.save_every=3", "model.bank.points=9",
+        f"model.mode={mode}", f"train.muon_lr={muon}", "train.save_every=3", "model.bank.points=9",
         "model.encoder.n_feats=12", "model.decoder.hidden_dim=16",
         "model.decoder.hidden_list=[16]", "train.schedule=step", "train.ema=0.9",
         "train.accumulate=2",
@@ -433,13 +435,13 @@ def test_the_real_drawing_of_gaussians(tmp_path):
 def test_schedules():
     c = config("unused").train
     c.schedule, c.lr, c.gamma, c.step_epochs, c.warmup = "step", 1.0, 0.5, 2, 0
-    assert [learning_rate(c, s, 100, 3) for s in (0, 5, 6, 11, 12)] == [1, 1, 0.5, 0.5, 0.25]
+    assert [learning_rate(c, s, 100, 3, c.lr) for s in (0, 5, 6, 11, 12)] == [1, 1, 0.5, 0.5, 0.25]
     c.schedule = "cosine"
-    assert learning_rate(c, 0, 100, 3) == 1
-    assert abs(learning_rate(c, 50, 100, 3) - 0.5) < 1e-12
-    assert learning_rate(c, 99, 100, 3) < 1e-3
+    assert learning_rate(c, 0, 100, 3, c.lr) == 1
+    assert abs(learning_rate(c, 50, 100, 3, c.lr) - 0.5) < 1e-12
+    assert learning_rate(c, 99, 100, 3, c.lr) < 1e-3
     c.warmup = 10
-    assert abs(learning_rate(c, 0, 10**9, 3) - 0.1) < 1e-6
+    assert abs(learning_rate(c, 0, 10**9, 3, c.lr) - 0.1) < 1e-6
 
 
 def test_validation_measures(tmp_path):
@@ -529,8 +531,8 @@ def test_one_step_is_adam_on_the_mean_absolute_error(tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     loss = (model(batch.lr, size=batch.size, coord=batch.coord) - batch.target).abs().mean()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    loss_of, optimizer = train.Loss(model, "fp32"), torch.optim.Adam(model.parameters())
-    done = train.training_step(loss_of, optimizer, [batch], config=c, rate=1e-2, step=1)
+    loss_of, optimizer = train.Loss(model, "fp32"), torch.optim.Adam(model.parameters(), lr=1e-2)
+    done = train.training_step(loss_of, optimizer, [batch], config=c, step=1)
     assert abs(done.item() - loss.item()) < 1e-6
     for (name, now), g in zip(model.named_parameters(), gradients, strict=True):
         # Adam's first step is lr in the direction of each gradient's sign.
@@ -544,7 +546,7 @@ def test_the_schedule_is_applied(tmp_path):
     go(c)
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
     rates = [row["lr"] for row in rows if row["kind"] == "train"]
-    assert rates == [learning_rate(c.train, s, 10, 1) for s in range(10)]
+    assert rates == [learning_rate(c.train, s, 10, 1, c.train.lr) for s in range(10)]
     assert rates[0] < rates[3] and rates[9] < rates[4] / 4
 
 
@@ -554,7 +556,7 @@ def test_clip_and_precision(tmp_path):
         model = fresh(c).train()
         loss_of = train.Loss(model, c.train.precision)
         optimizer = torch.optim.Adam(model.parameters())
-        train.training_step(loss_of, optimizer, [one_batch()], config=c.train, rate=1e-3, step=1)
+        train.training_step(loss_of, optimizer, [one_batch()], config=c.train, step=1)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     full = gradients("train.clip=null")

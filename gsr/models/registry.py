@@ -27,6 +27,7 @@ from gsr.config import EncoderConfig, ModelConfig
 
 ENCODERS = {
     "edsr": "gsr.models.encoders.edsr:EDSR",
+    "span": "gsr.models.encoders.span:SPAN",
     "rdn": "gsr.models.encoders.rdn:RDN",
     "swinir": "gsr.models.encoders.swinir:SwinIR",
 }
