@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import TrainConfig
+from gsr.errors import InputError
 
 
 class MuonWithAdam(torch.optim.Optimizer):
@@ -83,6 +84,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def _make(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if config.muon_lr is None:
         return torch.optim.Adam(model.parameters(), lr=config.lr)
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"train.muon_lr needs torch 2.9 or newer, not {torch.__version__}: update it, or set "
+            "train.muon_lr=null"
+        )
     matrices = [
         weight
         for weight in model.encoder.parameters()

@@ -94,9 +94,7 @@ def _of(table: dict, arch: str, *keys):
     return None
 
 
-def choose_splat(
-    kind: str, arch: str, cy: int, cx: int, channels: int, wide: bool = False
-) -> dict:
+def choose_splat(kind: str, arch: str, cy: int, cx: int, channels: int, wide: bool = False) -> dict:
     """The shipped configuration of a grid kernel.
 
     Args:

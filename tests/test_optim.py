@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gsr.config import DirectConfig, EncoderConfig, ModelConfig, TrainConfig
+from gsr.errors import InputError
 from gsr.models import GaussianSR
 from gsr.optim import MuonWithAdam, make_optimizer
 
@@ -81,3 +82,9 @@ def test_a_weight_that_was_moved_is_noticed():
     net.to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="moved"):
         step(net, optimizer)
+
+
+def test_an_older_torch_is_told(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(InputError, match="train.muon_lr needs torch 2.9"):
+        make_optimizer(model(), TrainConfig(muon_lr=0.02))
