@@ -1,6 +1,6 @@
-"""How near a picture is to the original: PSNR and SSIM as super-resolution is measured.
+"""How near an image is to the original: PSNR and SSIM as super-resolution is measured.
 
-Every function takes two pictures as floats in [0, 1], clamped but not rounded to 8 bits, and leaves
+Every function takes two images as floats in [0, 1], clamped but not rounded to 8 bits, and leaves
 out `shave` pixels on each side. Two published protocols choose metric and shave for a scale:
 `benchmark` (Set5, Set14, B100, Urban100: luma) and `div2k` (RGB); `PROTOCOLS` finds them by name.
 Computed in float64. `perceptual` makes LPIPS and DISTS of the package piq, which are networks.
@@ -39,7 +39,7 @@ VGG16_LEAST = 32  # pixels a side: piq runs all of its five halvings
 
 
 def psnr(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
-    """Peak signal-to-noise ratio over all channels, in dB; inf for equal pictures.
+    """Peak signal-to-noise ratio over all channels, in dB; inf for equal images.
 
     Args:
         sr, hr: [..., C, H, W], the same shape, in [0, 1].
@@ -55,7 +55,7 @@ def psnr(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
 def psnr_y(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
     """PSNR of the luma difference, LUMA / 256 . (sr - hr), against a peak of 1, in dB.
 
-    With one channel (C = 1) that channel is the luma and is measured as it is. A grey picture that
+    With one channel (C = 1) that channel is the luma and is measured as it is. A grey image that
     was read as RGB, as the published protocol reads Set14's `bridge`, has its difference scaled
     by 0.8588 like any other, which counts 1.32 dB more than its one channel would.
 
@@ -70,20 +70,20 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
     return _decibel(_weighted(sr - hr))
 
 
-def luma(picture: Tensor) -> Tensor:
+def luma(image: Tensor) -> Tensor:
     """Y of YCbCr: [..., 3, H, W] in [0, 1] to [..., 1, H, W] in 16 .. 235.
 
     One channel counts as luma already and is only scaled, to 0 .. 255.
     """
-    if picture.shape[-3] == 1:
-        return picture * 255
-    return 16 + 255 * _weighted(picture)
+    if image.shape[-3] == 1:
+        return image * 255
+    return 16 + 255 * _weighted(image)
 
 
 def ssim(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
-    """Structural similarity of the luma, at most 1 (equal pictures).
+    """Structural similarity of the luma, at most 1 (equal images).
 
-    Gaussian window of 11 x 11 with sigma 1.5, only where it fits into the picture, K1 = 0.01,
+    Gaussian window of 11 x 11 with sigma 1.5, only where it fits into the image, K1 = 0.01,
     K2 = 0.03, L = 255, on Y in 16 .. 235: as is usual in super-resolution. It agrees with
     scikit-image's structural_similarity (gaussian_weights, sigma 1.5, population covariance).
 
@@ -113,10 +113,10 @@ def ssim(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
 def perceptual(
     name: str, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor, Tensor, int], float]:
-    """LPIPS or DISTS as a function (sr, hr, shave) like `psnr`; 0 for equal pictures.
+    """LPIPS or DISTS as a function (sr, hr, shave) like `psnr`; 0 for equal images.
 
     Both compare features of VGG16 (RGB, float32). The figures of LPIPS are those of its VGG
-    variant: of AlexNet's they are another quantity. DISTS reduces pictures of more than 256 pixels
+    variant: of AlexNet's they are another quantity. DISTS reduces images of more than 256 pixels
     a side, as published.
 
     Args:
@@ -163,7 +163,7 @@ def perceptual(
     def measure(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
         sr, hr = _checked(sr, hr, shave, least=VGG16_LEAST)
         if sr.shape[-3] != 3:
-            raise InputError(f"{name} compares RGB pictures, not those of {sr.shape[-3]} channel")
+            raise InputError(f"{name} compares RGB images, not those of {sr.shape[-3]} channel")
         with torch.inference_mode():
             pair = (x.reshape(-1, *x.shape[-3:]).to(device, torch.float32) for x in (sr, hr))
             return float(network(*pair))
@@ -222,15 +222,15 @@ def as_protocol(protocol: str | Protocol) -> Protocol:
 
 
 def _checked(sr: Tensor, hr: Tensor, shave: int, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both pictures shaved, in float64, or InputError."""
+    """Both images shaved, in float64, or InputError."""
     if sr.shape != hr.shape:
         raise InputError(
-            f"pictures of one size must be compared, not {list(sr.shape)} with {list(hr.shape)}"
+            f"images of one size must be compared, not {list(sr.shape)} with {list(hr.shape)}"
         )
     if sr.ndim < 3 or sr.shape[-3] not in (1, 3) or 0 in sr.shape:
-        raise InputError(f"a picture to measure must be [..., 1 or 3, H, W], not {list(sr.shape)}")
+        raise InputError(f"an image to measure must be [..., 1 or 3, H, W], not {list(sr.shape)}")
     if not (sr.is_floating_point() and hr.is_floating_point()):
-        raise InputError("pictures to measure must be floating point in [0, 1]; divide by 255")
+        raise InputError("images to measure must be floating point in [0, 1]; divide by 255")
     if shave < 0:
         raise InputError(f"shave must be 0 or more, not {shave}")
     check_size(sr.shape[-2:], shave, least)
@@ -243,17 +243,17 @@ def check_size(size: Sequence[int], shave: int, least: int = SSIM_WINDOW) -> Non
     """Raise InputError if shaving leaves less than `least` pixels a side of size (H, W)."""
     if min(size) - 2 * shave < least:
         raise InputError(
-            f"a picture of {size[0]} x {size[1]} pixels leaves less than {least} x "
+            f"an image of {size[0]} x {size[1]} pixels leaves less than {least} x "
             f"{least} to measure after shaving {shave} on each side; take a larger one"
         )
 
 
-def _weighted(picture: Tensor) -> Tensor:
+def _weighted(image: Tensor) -> Tensor:
     """LUMA / 256 . RGB: [..., 3, H, W] to [..., 1, H, W]; one channel stays as it is."""
-    if picture.shape[-3] == 1:
-        return picture
-    weights = picture.new_tensor(LUMA)[:, None, None] / 256
-    return (picture * weights).sum(dim=-3, keepdim=True)
+    if image.shape[-3] == 1:
+        return image
+    weights = image.new_tensor(LUMA)[:, None, None] / 256
+    return (image * weights).sum(dim=-3, keepdim=True)
 
 
 def _decibel(difference: Tensor) -> float:

@@ -11,7 +11,7 @@ In the grid kernels a thread therefore owns a cell: tensors are [.., pixels, cel
 along the last axis, which Triton spreads over the lanes, and the pixels of a cell in a thread's
 registers. A Gaussian is loaded once and used for PY x PX pixels, and neighbouring lanes load
 neighbouring LR pixels. Cell i holds the HR rows Y with floor((2 Y + 1) h / 2 H) = i; positions in
-it come from the integers (2 Y + 1) h - (2 i + 1) H, so no picture is too large for float32.
+it come from the integers (2 Y + 1) h - (2 i + 1) H, so no image is too large for float32.
 
 **Backward.** With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
 sum_c g'_c v_c - s. A first pass recomputes W and out and writes g' and s at HR. In a second one a
@@ -67,7 +67,7 @@ def _place(y, i, n, n_hr):
 
 @triton.jit
 def _gaussian(sigma, rho, opacity, offset, g, plane, row, j, exists, HAS_OFFSET: tl.constexpr):
-    """Shape, opacity, offset of Gaussian plane g at LR pixels row + j; opacity 0 off the picture.
+    """Shape, opacity, offset of Gaussian plane g at LR pixels row + j; opacity 0 off the image.
 
     row (int64, one number) carries all that may exceed 32 bits, j [cells] is int32.
     """
@@ -281,7 +281,7 @@ def splat_backward(
 
 @triton.jit
 def _nearest(p, n):
-    """LR index nearest to coordinate p, within the picture, in p's type."""
+    """LR index nearest to coordinate p, within the image, in p's type."""
     return tl.minimum(tl.maximum(tl.floor(p + 0.5), 0.0), (n - 1).to(p.dtype))
 
 
@@ -426,7 +426,7 @@ def on_device(tensor: Tensor):
 def _wide(h: int, w: int, big_h: int, big_w: int) -> bool:
     """Whether positions need 64 bits, whose divisions cost several times those of 32.
 
-    They come from products up to 2 n n_hr, with indices a block or a window beyond the picture.
+    They come from products up to 2 n n_hr, with indices a block or a window beyond the image.
     """
     return 2 * max((h + 512) * (big_h + 512), (w + 512) * (big_w + 512)) >= 2**31
 

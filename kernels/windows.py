@@ -7,7 +7,7 @@ channel and window m,
 
 is one matrix product, [k_y k_x, n] by [n, B c L], on tensor cores. One small kernel makes w from
 the n kernels of taps x taps values by bilinear placement; the product reads features where they lie
-in the LR picture and writes its block where it belongs in the HR one: no copy of the windows.
+in the LR image and writes its block where it belongs in the HR one: no copy of the windows.
 
 Backward: the product is recomputed for the clamp's mask. A program owns the gradient of a block of
 features and loops over the pixels; another owns that of w for a block of pixels and a part of the

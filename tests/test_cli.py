@@ -122,7 +122,7 @@ def test_several_photos_into_a_folder(here, picture, capsys):
     [
         (["-o", "out.png", "--scale", "0.5"], "photo.png: scale 0.5 is below 1"),
         (["-o", "out.png", "--scale", "nan"], "at most 1,000,000, not nan"),
-        (["-o", "out.png", "--size", "16x50"], "is below the picture's 17 x 12"),
+        (["-o", "out.png", "--size", "16x50"], "is below the image's 17 x 12"),
         (["-o", "out.png", "--scale", "9999"], "--max-pixels"),
         (["-o", "out.png", "--scale", "2", "--max-pixels", "815"], "= 816 pixels"),
         (["-o", "out.gif", "--scale", "2"], "out.gif: the suffix '.gif' is none of .png"),
@@ -156,7 +156,7 @@ def test_refusals_of_photo_and_model(here, capsys):
     argv = ["-o", "out.png", "--scale", "2"]
     assert "none: there is no such model" in refused(capsys, *argv, model="none")
     Path("photo.png").write_bytes(Path("photo.png").read_bytes()[:100])
-    assert "photo.png is a damaged or truncated picture" in refused(capsys, *argv)
+    assert "photo.png is a damaged or truncated image" in refused(capsys, *argv)
     Path("photo.png").unlink()
     assert "photo.png: there is no such file" in refused(capsys, *argv)
 

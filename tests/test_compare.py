@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gsr.training import Loss, Trainer
 from safetensors.torch import load_file
 
 from gsr import cli, compare
@@ -29,7 +30,6 @@ from gsr.evaluation import evaluate
 from gsr.io.image import read_image, write_image
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model
-from gsr.training import Loss, Trainer
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"

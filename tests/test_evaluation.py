@@ -86,7 +86,7 @@ def test_open_set_refuses(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         open_set(tmp_path / "nowhere", [2])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no picture"):
+    with pytest.raises(InputError, match="holds no image"):
         open_set(tmp_path / "empty", [2])
     with pytest.raises(InputError, match="limit"):
         open_set(DATA, [2], limit=0)
@@ -336,11 +336,11 @@ def test_lr_that_does_not_fit_is_found_at_once(tmp_path, monkeypatch, scale, siz
     with pytest.raises(InputError, match=f"spicesx{scale}.png has .* rounded down"):
         evaluate(None, tmp_path, [scale])
     (x / f"skylinex{scale}.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=f"skylinex{scale}.png is not a picture"):
+    with pytest.raises(InputError, match=f"skylinex{scale}.png is not an image"):
         evaluate(None, tmp_path, [scale])
     shutil.rmtree(tmp_path / "LR_bicubic")
     (tmp_path / "HR/skyline.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="skyline.png is not a picture"):
+    with pytest.raises(InputError, match="skyline.png is not an image"):
         evaluate(None, tmp_path, [scale])
 
 
@@ -729,7 +729,7 @@ def test_main_refuses(checkpoint, tmp_path, monkeypatch, tmp_path_factory):
         (["--output", str(tmp_path)], "is a folder"),
         (["--save", str(checkpoint / "config.json")], "cannot be made"),
         (["--data", str(DATA), str(DATA)], "two data folders"),
-        (["--data", str(tmp_path)], "holds no picture"),
+        (["--data", str(tmp_path)], "holds no image"),
         (["--checkpoint", str(tmp_path / "none")], "none"),
     ]:
         with pytest.raises(InputError) as error:

@@ -10,7 +10,7 @@ from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR
 from gsr.models.heads import decoder
-from gsr.models.heads.bank import BankEncoded, BoundedBank, GaussianBank, assign, pick
+from gsr.models.heads.bank import BankEncoded, BoundedBank, GaussianBank, assign, gather_pixels
 from gsr.models.heads.decoder import FourierDecoder, bicubic_neighbours
 from gsr.ops.resize import bicubic
 
@@ -324,7 +324,7 @@ def test_neighbours_are_pixels_of_the_resized_picture(size):
     y, x_hr = (index // size[1]).expand(2, -1), (index % size[1]).expand(2, -1)
     got = bicubic_neighbours(x, size, y, x_hr)
     for n in range(9):
-        want = pick(padded, y + n // 3, x_hr + n % 3)
+        want = gather_pixels(padded, y + n // 3, x_hr + n % 3)
         inside = (want != 0).any(dim=-1)
         assert inside.sum() >= 2 * (size[0] - 1) * (size[1] - 1)
         close(got[:, :, n][inside], want[inside])

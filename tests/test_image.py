@@ -121,7 +121,7 @@ def test_broken_files_are_refused(tmp_path, picture):
     data = good.read_bytes()
     cases = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"no picture at all", "is not a picture"),
+        "text.png": (b"no picture at all", "is not an image"),
         "truncated.jpg": (data[: len(data) // 2], "damaged or truncated"),
         "header.jpg": (data[:20], ""),
     }
@@ -166,7 +166,7 @@ def test_list_images(tmp_path, picture):
     assert "no such folder" in refused(tmp_path / "none", gi.list_images)
     assert "is a file" in refused(tmp_path / "notes.txt", gi.list_images)
     assert "File name too long" in refused(tmp_path / ("x" * 300), gi.list_images)
-    assert "holds no picture" in refused(tmp_path / "folder.png", gi.list_images)
+    assert "holds no image" in refused(tmp_path / "folder.png", gi.list_images)
 
 
 def test_writing_is_refused(tmp_path, picture):

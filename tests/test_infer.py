@@ -416,7 +416,7 @@ def test_other_precisions_are_refused(tiny_model):
         ({"scale": (2, 2, 2)}, "a number or (s_y, s_x)"),
         ({"scale": "2"}, "a number or (s_y, s_x)"),
         ({"scale": True}, "a number or (s_y, s_x)"),
-        ({"size": (11, 34)}, "34 x 11 (width x height) is below the picture's 17 x 12"),
+        ({"size": (11, 34)}, "34 x 11 (width x height) is below the image's 17 x 12"),
         ({"size": (24, 16)}, "Pillow's Image.resize"),
         ({"size": (0, 34)}, "positive"),
         ({"size": (24.5, 34)}, "two whole numbers"),

@@ -36,7 +36,7 @@ def test_other_points_are_refused(tiny_model, shape):
 @pytest.mark.parametrize("rows", [(4, 4), (6, 4), (-1, 3), (0, 17)])
 def test_rows_that_are_none_are_refused(tiny_model, rows):
     encoded = tiny_model.encode(torch.rand(1, 3, 8, 8))
-    with pytest.raises(InputError, match="are not rows of a picture of height 16"):
+    with pytest.raises(InputError, match="are not rows of an image of height 16"):
         tiny_model.render(encoded, (16, 16), rows=rows)
 
 

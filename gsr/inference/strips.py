@@ -1,7 +1,7 @@
-"""Enlarging pictures of any size in bounded memory: bands of LR rows in, strips of HR rows out.
+"""Enlarging images of any size in bounded memory: bands of LR rows in, strips of HR rows out.
 
-`upscale` is the function for users: whatever kind of picture goes in comes out, larger. `run` is
-the same for one float tensor. Both equal the model on the whole picture (to 1e-5): the encoder is
+`upscale` is the function for users: whatever kind of image goes in comes out, larger. `run` is
+the same for one float tensor. Both equal the model on the whole image (to 1e-5): the encoder is
 run as a stream of rows (`gsr.models.stream`) that computes hardly anything twice, a strip of HR is
 rendered from the LR rows around it, and both are forgotten as soon as nothing depends on them.
 """
@@ -29,7 +29,7 @@ STRIP_PIXELS = 2**16  # HR pixels rendered at once
 STRIP_BYTES = 60_000_000  # besides what goes with its pixels
 KEEP = 2**28  # bytes of encoded LR that `official` keeps, rather than encode twice
 PRECISIONS = ("auto", "fp32", "bf16")
-PROBE = 128  # side of the part of a picture on which bf16 is tried
+PROBE = 128  # side of the part of an image on which bf16 is tried
 LOSS = 0.01  # dB of PSNR that it may cost there
 
 
@@ -45,15 +45,15 @@ def run(
     """Enlarge lr [B, 3, h, w] in [0, 1] to float32 [B, 3, H, W], size = (H, W), not clamped.
 
     Equals `model(lr, size=size, scale=scale)` in evaluation mode to 1e-5, in memory that hardly
-    grows with the picture but by the result. Works on the model's device and gives the result on
+    grows with the image but by the result. Works on the model's device and gives the result on
     that of lr. `scale` (s or (s_y, s_x)) is H / h and W / w if left out; `progress` shows a bar on
     stderr; `max_memory` and `precision` as in `upscale`. The model's training flags are left as
     they were.
     """
 
-    from gsr.models.sizes import check_picture
+    from gsr.models.sizes import check_lr
 
-    check_picture(lr)
+    check_lr(lr)
 
     def source(first: int, end: int) -> torch.Tensor:
         return lr[..., first:end, :].detach().to(model_device(model), torch.float32)
@@ -68,11 +68,11 @@ def run(
 
 
 class StripRenderer:
-    """One picture's enlargement: LR rows in by bands, HR rows out by strips.
+    """One image's enlargement: LR rows in by bands, HR rows out by strips.
 
     Args:
         source: (first, end) to these LR rows, [B, 3, end - first, w] float32 on the model's device.
-        shape: [B, 3, h, w] of the LR picture.
+        shape: [B, 3, h, w] of the LR image.
     """
 
     def __init__(self, model, source, shape, size, scale, precision, bar=None):
@@ -104,7 +104,7 @@ class StripRenderer:
             left, least = max_memory - taken, taken + self._bytes(1, 1)
             if least > max_memory:
                 raise InputError(
-                    f"this picture takes about {least / 1e6:.0f} MB, more than max_memory "
+                    f"this image takes about {least / 1e6:.0f} MB, more than max_memory "
                     f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or enlarge less"
                 )
             while self._bytes(self.band, self.strip) > left:
@@ -196,7 +196,7 @@ class StripRenderer:
         return self.held
 
     def _shared(self):
-        """What `official` needs to know of the whole picture before the first row."""
+        """What `official` needs to know of the whole image before the first row."""
         if not hasattr(self.model.head, "shared"):
             return None
         # Of two passes the first keeps the Gaussians alone. All is written in place: bands joined
@@ -230,7 +230,7 @@ class StripRenderer:
         """Go on with bands and strips of half the size, from where the result has got to."""
         if self.band == self.strip == 1:
             raise InputError(
-                "there is not enough memory to encode and render even single rows of this picture; "
+                "there is not enough memory to encode and render even single rows of this image; "
                 "cut it into parts, or use a machine with more memory"
             ) from error
         self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
@@ -277,7 +277,7 @@ def _has_bf16(model: GaussianSR) -> bool:
 
 
 def _bf16_is_enough(work: StripRenderer) -> bool:
-    """Whether bf16 loses at most LOSS dB in giving back the picture's middle from its half size."""
+    """Whether bf16 loses at most LOSS dB in giving back the image's middle from its half size."""
     (h, w), side = work.lr_size, PROBE
     top, left = (h - min(h, side)) // 2, (w - min(w, side)) // 2
     true = work.source(top, top + min(h, side))[:1, :, :, left : left + side]
@@ -307,13 +307,13 @@ def _costs(model: GaussianSR) -> tuple[float, float]:
 def estimate(
     model: GaussianSR, shape: tuple[int, int], size: tuple[int, int], precision: str = "auto"
 ) -> float:
-    """Seconds that `upscale` will take, about, from a picture of `shape` (h, w) to `size` (H, W).
+    """Seconds that `upscale` will take, about, from an image of `shape` (h, w) to `size` (H, W).
 
     Measured on a piece of at most 128 x 128, which takes its time twice.
     """
     part = tuple(min(n, PROBE) for n in shape)
     large = tuple(max(1, n_hr * p // n) for p, n, n_hr in zip(part, shape, size, strict=True))
-    if precision == "auto":  # as it will be for nearly all pictures
+    if precision == "auto":  # as it will be for nearly all images
         bf16 = math.prod(shape) >= 8 * PROBE**2 and _has_bf16(model)
         precision = "bf16" if bf16 else "fp32"
     lr = torch.rand(1, 3, *part, generator=torch.Generator().manual_seed(0))

@@ -30,10 +30,10 @@ def target_size(
     size: Sequence[int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Size (H, W) and scale (s_y, s_x) of the enlargement of a picture of `shape` (h, w).
+    """Size (H, W) and scale (s_y, s_x) of the enlargement of an image of `shape` (h, w).
 
     Exactly one of scale (a number, or (s_y, s_x), each from 1 to a million) and size ((H, W),
-    each at least that of the picture) is given. Size from scale is rounded to whole pixels.
+    each at least that of the image) is given. Size from scale is rounded to whole pixels.
     Raises InputError for anything else, or for more than `max_pixels` pixels.
     """
     from gsr.models.sizes import check_scale, resolve_size
@@ -48,7 +48,7 @@ def target_size(
     out, scales = resolve_size(shape, size, scale)
     if min(scales) < 1:
         raise InputError(
-            f"the size {out[1]} x {out[0]} (width x height) is below the picture's {w} x {h}; "
+            f"the size {out[1]} x {out[0]} (width x height) is below the image's {w} x {h}; "
             "gsr only enlarges, Pillow's Image.resize shrinks"
         )
     if out[0] * out[1] > max_pixels:
@@ -69,23 +69,23 @@ def upscale(
     max_memory: int | None = None,
     precision: str = "auto",
 ) -> Any:
-    """Enlarge a picture to any size; the same kind of object comes back, values clamped.
+    """Enlarge an image to any size; the same kind of object comes back, values clamped.
 
     `image` is one of
-      * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette picture comes back as RGB
+      * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette image comes back as RGB
         or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is enlarged bicubically. An
         ICC profile is kept and an EXIF orientation carried out (size then means upright).
       * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8 or in [0, 1]
       * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
     Give exactly one of `scale`, a number or (s_y, s_x), each at least 1, and `size`, whole numbers
-    (H, W), at least the picture's. `model` is the bundled one (`gsr.load()`) if left out, and
+    (H, W), at least the image's. `model` is the bundled one (`gsr.load()`) if left out, and
     computes on its own device. `progress` shows a bar on stderr; `max_pixels` bounds H * W;
-    `max_memory` is how many bytes the process may hold at a time, picture and result included.
+    `max_memory` is how many bytes the process may hold at a time, image and result included.
 
-    `precision` is "fp32", "bf16" or "auto". Auto takes bf16 for large pictures where the processor
-    has it, if it loses at most 0.01 dB in giving back a part of this picture from its half size.
+    `precision` is "fp32", "bf16" or "auto". Auto takes bf16 for large images where the processor
+    has it, if it loses at most 0.01 dB in giving back a part of this image from its half size.
 
-    Raises InputError for another kind, shape or dtype of picture, values that are not finite or
+    Raises InputError for another kind, shape or dtype of image, values that are not finite or
     outside [0, 1], and sizes or scales that are not as above.
     """
     model = _usable_model(model)
@@ -138,7 +138,7 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
         _check_range(float(image.min()), float(image.max()))
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
-    for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one picture
+    for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one image
         fill(lr, out, scales, hr)
     return result if image.ndim == 4 else result[0]
 
@@ -269,7 +269,7 @@ def _upright(image):
     from gsr.io.image import upright
 
     if 0 in image.size:
-        raise InputError("the picture has no pixels")
+        raise InputError("the image has no pixels")
     return upright(image)
 
 
@@ -296,18 +296,18 @@ def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
     if plane.dtype == np.uint8:
-        picture = Image.fromarray(np.ascontiguousarray(plane))
+        image = Image.fromarray(np.ascontiguousarray(plane))
     else:
-        picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    enlarged = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    enlarged = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
     return enlarged if plane.dtype == np.uint8 else enlarged.clip(0, 1)
 
 
 def _check_range(low: float, high: float) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError("the picture holds values that are not finite numbers (NaN or infinity)")
+        raise InputError("the image holds values that are not finite numbers (NaN or infinity)")
     if low < 0 or high > 1:
         hint = "; divide by 255" if low >= 0 and high <= 255 else ""
         raise InputError(
-            f"a float picture must lie in [0, 1], but this one spans [{low:.4g}, {high:.4g}]{hint}"
+            f"a float image must lie in [0, 1], but this one spans [{low:.4g}, {high:.4g}]{hint}"
         )

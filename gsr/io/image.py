@@ -1,6 +1,6 @@
 """Picture files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
 
-Pictures inside the library are either uint8 arrays [H, W, 3] or float32 tensors [1, 3, H, W] in
+Images inside the library are either uint8 arrays [H, W, 3] or float32 tensors [1, 3, H, W] in
 [0, 1]; this module is the only one that knows about files, modes and orientation.
 """
 
@@ -39,17 +39,17 @@ _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file, fully decoded, turned the way up that its EXIF orientation says.
+    """The image in a file, fully decoded, turned the way up that its EXIF orientation says.
 
     Returns a Pillow image in the file's own mode, closed to the file; of an animation the first
-    frame. Raises InputError if there is no such file, it is no picture, it is cut short or
+    frame. Raises InputError if there is no such file, it is no image, it is cut short or
     damaged, or it claims more pixels than Pillow's decompression-bomb limit allows.
     """
     path = usable(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name one picture file")
+        raise InputError(f"{path} is a folder; name one image file")
     try:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit. Both count as a refusal here.
@@ -61,16 +61,16 @@ def open_image(path: str | os.PathLike) -> Image.Image:
                 return upright(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(
-            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into smaller pictures"
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into smaller images"
         ) from None
     except Image.UnidentifiedImageError:
-        size = "is empty" if path.stat().st_size == 0 else "is not a picture that Pillow can read"
+        size = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
         raise InputError(f"{path} {size}; give a PNG, JPEG, WebP, TIFF or BMP file") from None
     except PermissionError:
         raise InputError(f"{path} may not be read; check its permissions") from None
     # Damaged files leave Pillow's decoders with almost any exception.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is a damaged or truncated picture ({error})") from None
+        raise InputError(f"{path} is a damaged or truncated image ({error})") from None
     except (MemoryError, OverflowError) as error:
         raise InputError(f"{path} does not fit in memory ({type(error).__name__})") from None
 
@@ -133,7 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB, 8 bits a channel; alpha is dropped, not composited.
 
     16-bit grey (I;16 and its kin, or I from a 16-bit PNG) keeps its top 8 bits, rounded; a float
-    picture (F) must hold [0, 1] or [0, 255] and InputError is raised otherwise.
+    image (F) must hold [0, 1] or [0, 255] and InputError is raised otherwise.
     """
     mode = image.mode
     if mode == "RGB":
@@ -145,14 +145,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise InputError(
-                "a 32-bit integer picture must hold values in 0..65535; save it as 8 or 16 bits"
+                "a 32-bit integer image must hold values in 0..65535; save it as 8 or 16 bits"
             )
         return _grey((values * (255 / 65535)).round())
     if mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
             raise InputError(
-                "a floating-point picture must hold finite values in [0, 1] or [0, 255]; "
+                "a floating-point image must hold finite values in [0, 1] or [0, 255]; "
                 "save it as 8 or 16 bits"
             )
         return _grey((values * (255 if values.max() <= 1 else 1)).round())
@@ -167,7 +167,7 @@ def _grey(values: np.ndarray) -> Image.Image:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The picture in a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
+    """The image in a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
     image = open_image(path)
     try:
         return np.array(to_rgb(image))
@@ -176,16 +176,16 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Every picture under a folder, in all its subfolders, sorted by path, hidden files left out.
+    """Every image under a folder, in all its subfolders, sorted by path, hidden files left out.
 
     Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
-    is a file, or holds no picture.
+    is a file, or holds no image.
     """
     folder = usable(folder)
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder")
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file; name a folder of pictures")
+        raise InputError(f"{folder} is a file; name a folder of images")
     paths = sorted(
         path
         for path in folder.rglob("*")
@@ -195,13 +195,13 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     )
     if not paths:
         raise InputError(
-            f"{folder} holds no picture; looked for {', '.join(READ_SUFFIXES)} in it and below"
+            f"{folder} holds no image; looked for {', '.join(READ_SUFFIXES)} in it and below"
         )
     return paths
 
 
 def check_format(path: str | os.PathLike, size: tuple[int, int]) -> None:
-    """Raise InputError if no picture of `size` (width, height) can be written under that suffix."""
+    """Raise InputError if no image of `size` (width, height) can be written under that suffix."""
     kind, _ = _format(Path(path))
     if max(size) > MAX_SIDE.get(kind, max(size)):
         raise InputError(
@@ -217,7 +217,7 @@ def check_writable(path: str | os.PathLike) -> None:
     """
     path = usable(path)
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name the picture file to write")
+        raise InputError(f"{path} is a folder; name the image file to write")
     _format(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent} to write it into; create it")
@@ -234,7 +234,7 @@ def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
     array = np.asarray(array)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise InputError(
-            f"{path}: a picture to write must be uint8 [H, W, 3], "
+            f"{path}: an image to write must be uint8 [H, W, 3], "
             f"not {array.dtype} {list(array.shape)}"
         )
     save_image(path, Image.fromarray(np.ascontiguousarray(array)))
@@ -243,7 +243,7 @@ def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
 def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     """`write_image` for a Pillow image of mode L, LA, RGB or RGBA; keeps its ICC profile.
 
-    JPEG and BMP cannot hold transparency: the picture is laid on white there.
+    JPEG and BMP cannot hold transparency: the image is laid on white there.
     """
     path = Path(path)
     check_format(path, image.size)
@@ -259,7 +259,7 @@ def save_image(path: str | os.PathLike, image: Image.Image) -> None:
         image.save(buffer, kind, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path}: a {image.width} x {image.height} {image.mode} picture cannot be saved as "
+            f"{path}: a {image.width} x {image.height} {image.mode} image cannot be saved as "
             f"{kind} ({error}); choose another suffix"
         ) from None
     write_atomic(path, buffer.getvalue())

@@ -1,6 +1,6 @@
 """PNG files written row by row, so that a large result never lies in memory as a whole.
 
-Pillow encodes pictures that it holds; this is the one format whose files can be as large as what
+Pillow encodes images that it holds; this is the one format whose files can be as large as what
 `gsr upscale` makes, and whose rows come out in the order that the format wants.
 """
 
@@ -23,7 +23,7 @@ COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and al
 def png_writer(
     path: str | os.PathLike, size: tuple[int, int], channels: int, icc: bytes | None = None
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """A context with a function that takes the next rows of a picture, uint8 [n, W, channels].
+    """A context with a function that takes the next rows of an image, uint8 [n, W, channels].
 
     The file appears when the context is left, whole, or not at all.
 

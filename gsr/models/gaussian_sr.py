@@ -1,7 +1,7 @@
 """GaussianSR: an encoder at LR and a head that renders at any size.
 
 A mode is a head: a module with `encode` (features to Gaussians, all at LR), `render` (a whole
-picture), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
+image), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
 `liif`, `lte` and `bicubic` are what they are compared with. To add one, write the class, name it in
 `gsr.models.registry` and the mode in `gsr.config.ModelConfig`.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gsr.config import ModelConfig, check
 from gsr.errors import InputError
 from gsr.models.registry import make_encoder, make_head
-from gsr.models.sizes import check_picture, resolve_size
+from gsr.models.sizes import check_lr, resolve_size
 from gsr.models.stream import Chain, Layer, Residual
 
 
@@ -42,12 +42,12 @@ class GaussianSR(nn.Module):
         return self.encoder.halo + self.head.halo
 
     def encode(self, lr: Tensor):
-        """LR picture [B, 3, h, w] in [0, 1] to a named tuple of tensors [B, ..., h, w].
+        """LR image [B, 3, h, w] in [0, 1] to a named tuple of tensors [B, ..., h, w].
 
         All that is learnt at LR happens here, once, whatever is rendered afterwards. Raises
         InputError for a tensor of another shape, an empty one, or one of integers.
         """
-        check_picture(lr)
+        check_lr(lr)
         return self._encode(lr)
 
     def _encode(self, lr: Tensor):
@@ -70,23 +70,23 @@ class GaussianSR(nn.Module):
         return self.head.rows_needed(rows, lr_size, size, scale)
 
     def render(self, encoded, size, scale=None, rows=None, band=None, shared=None) -> Tensor:
-        """HR picture [B, 3, H, W] of `size` (H, W) from `encode`'s result, not clamped.
+        """HR image [B, 3, H, W] of `size` (H, W) from `encode`'s result, not clamped.
 
         Args:
             scale: (s_y, s_x), matters to `official` only, see `resolve_size`.
-            rows: (first, last), renders only those rows of the picture.
-            band: (top, height): `encoded` holds only the rows from `top` on of a LR picture of that
+            rows: (first, last), renders only those rows of the image.
+            band: (top, height): `encoded` holds only the rows from `top` on of a LR image of that
                 height, among them those that `rows_needed` asks for.
-            shared: what `head.shared` has made of the whole picture, where the head has that.
+            shared: what `head.shared` has made of the whole image, where the head has that.
         """
         h, w = encoded[0].shape[-2:]
         size, scale = resolve_size((h if band is None else band[1], w), size, scale)
         if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
-            raise InputError(f"rows {tuple(rows)} are not rows of a picture of height {size[0]}")
+            raise InputError(f"rows {tuple(rows)} are not rows of an image of height {size[0]}")
         return self.head.render(encoded, size, scale, rows, band, shared)
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
-        """Colours [B, Q, 3] of the HR picture of `size` at `coord` [B, Q, 2].
+        """Colours [B, Q, 3] of the HR image of `size` at `coord` [B, Q, 2].
 
         `coord` is (y, x) in [-1, 1]; HR pixel i of n has its centre at -1 + (2 i + 1) / n.
         """
@@ -100,7 +100,7 @@ class GaussianSR(nn.Module):
         """Have torch.compile make what is learnt into kernels; returns the model itself.
 
         `encode` becomes one graph and the decoder, where there is one, another, each for all
-        picture sizes and scales; the splats are kernels already. `options` go to torch.compile.
+        image sizes and scales; the splats are kernels already. `options` go to torch.compile.
         """
         options = {"dynamic": True, "fullgraph": True, **options}
         self._encode = torch.compile(self._encode, **options)
@@ -120,7 +120,7 @@ class GaussianSR(nn.Module):
         Returns:
             [B, 3, H, W], or [B, Q, 3] with `coord`; around [0, 1], not clamped.
         """
-        check_picture(lr)
+        check_lr(lr)
         size, scale = resolve_size(lr.shape[-2:], size, scale)
         encoded = self._encode(lr)
         if coord is None:

@@ -1,7 +1,7 @@
 """Reads checkpoints of the published GaussianSR code into `official` models.
 
 Such a file is a pickle of tensors, numbers and strings. It is read without running any code in it,
-and taken only if it is exactly what is expected: a model that loads renders the published picture.
+and taken only if it is exactly what is expected: a model that loads renders the published image.
 """
 
 from __future__ import annotations

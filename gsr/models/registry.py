@@ -12,9 +12,9 @@ An encoder is a module that turns LR [B, 3, h, w] in [0, 1] into features [B, n_
             return self.body(lr)
 
 To add it, name it in `ENCODERS` and in `gsr.config.EncoderConfig`, which gets its keys too. Large
-pictures are encoded by bands of rows with the halo around each; a deep encoder should have
+images are encoded by bands of rows with the halo around each; a deep encoder should have
 `stream` (see `gsr.models.stream` and `gsr.models.encoders.rdn`), which computes no row twice, and
-`floats`: how many numbers it holds for each pixel of a band and for each column of the picture.
+`floats`: how many numbers it holds for each pixel of a band and for each column of the image.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ MAX_SCALE = 1_000_000
 MAX_SIDE = 2**31 - 1  # of a result, pixels
 
 
-def check_picture(lr: Tensor) -> None:
+def check_lr(lr: Tensor) -> None:
     """Raise InputError unless lr is a float tensor [B, 3, h, w] that is not empty."""
     if lr.ndim != 4 or lr.shape[1] != 3 or 0 in lr.shape or not lr.is_floating_point():
         raise InputError(

@@ -1,15 +1,15 @@
-"""Networks at LR run over a picture by bands of rows, in the memory of a band.
+"""Networks at LR run over an image by bands of rows, in the memory of a band.
 
-Rows go in at the top of the picture, and come out as soon as all they depend on has come. Every
+Rows go in at the top of the image, and come out as soon as all they depend on has come. Every
 convolution keeps the few rows of its input that those below still need, so that nothing is
-computed twice, and the result is that of the whole picture.
+computed twice, and the result is that of the whole image.
 
     stream = Chain(Convolution(conv), Skip(Layer(block, 2)))
     out = stream.feed(Band(0, (rows,)), last=False)
     end = stream.feed(None, last=True)
 
-A node is made for one picture, fed from top to bottom without gradients, and thrown away. It may
-start below the picture's top: rows that depend on what is above then never come out.
+A node is made for one image, fed from top to bottom without gradients, and thrown away. It may
+start below the image's top: rows that depend on what is above then never come out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class Band(NamedTuple):
-    """Rows first ... of a picture, in a tuple, named or not, of tensors [B, ..., rows, w]."""
+    """Rows first ... of an image, in a tuple, named or not, of tensors [B, ..., rows, w]."""
 
     first: int
     tensors: tuple[Tensor, ...]
@@ -98,7 +98,7 @@ class Layer:
     def feed(self, band: Band | None, last: bool) -> Band | None:
         """The rows that can be told from what has come until now, if any."""
         if self.held.band is None and band is not None:
-            # At the picture's own top the function's padding is right.
+            # At the image's own top the function's padding is right.
             self.next = band.first + self.reach if band.first else 0
         x = self.held.add(band)
         end = 0 if x is None else x.end if last else x.end - self.reach
@@ -145,7 +145,7 @@ Node = "Layer | Convolution | Chain | Residual | Skip | Dense"
 class Chain:
     """One node after the other.
 
-    At the picture's end each gives all the rows that have waited in it and before, in a deep
+    At the image's end each gives all the rows that have waited in it and before, in a deep
     network more than a band has; the next takes them in pieces no higher than that.
     """
 
@@ -169,7 +169,7 @@ class Chain:
         return out
 
     def _pieces(self, band: Band | None, last: bool) -> Iterator[tuple[Band | None, bool]]:
-        """A band, cut if it is too high, and whether each piece is the picture's last."""
+        """A band, cut if it is too high, and whether each piece is the image's last."""
         if band is None or not last or not 0 < self.height < band.end - band.first:
             yield band, last
             return
@@ -268,7 +268,7 @@ class Dense:
             return None
         above, below = max(reach - first, 0), end + reach - source.end if last else 0
         x = torch.cat(self._rows(i + 1, first - reach + above, end + reach - below), dim=1)
-        if above or below:  # zeros where the picture ends
+        if above or below:  # zeros where the image ends
             x = F.pad(x, (0, 0, above, below))
         y = F.conv2d(x, conv.weight, conv.bias, padding=(0, conv.padding[1]))
         return Band(first, (self.after(y),))

@@ -40,7 +40,7 @@ def forward(
     radius: int,
     normalize: bool,
     eps: float,
-    band: tuple[int, int] | None = None,  # (top, height of the LR picture)
+    band: tuple[int, int] | None = None,  # (top, height of the LR image)
 ) -> Tensor:
     """`gsr.ops.reference.splat`: [B, C, last - first, W]."""
     where = _Rows(*size, *(rows or (0, size[0])), *(band or (0, values.shape[-2])))
@@ -132,7 +132,7 @@ def _loops():
 
 @dataclass
 class _Rows:
-    """HR rows first ... last - 1 of a picture H x W, from LR rows top ... of `tall` ones."""
+    """HR rows first ... last - 1 of an image H x W, from LR rows top ... of `tall` ones."""
 
     height: int
     width: int
@@ -151,7 +151,7 @@ class _Rows:
         return c * plane, plane, 1
 
     def shifted(self, h):
-        """The LR rows missing above the tensors' first one, and the height of the LR picture."""
+        """The LR rows missing above the tensors' first one, and the height of the LR image."""
         return self.top, self.tall
 
     def cells(self, loops, b, h, w, dtype):
@@ -232,7 +232,7 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
 def _planes(field, dtype: torch.dtype, top: int) -> tuple[np.ndarray, list[Tensor]]:
     """Addresses of the planes [h, w] of all parameters, and the tensors that own them.
 
-    Addresses are those that row 0 of the picture would have; the tensors start at row `top`, and
+    Addresses are those that row 0 of the image would have; the tensors start at row `top`, and
     the loops touch no row above it.
 
     Flat [B, K, 6 + C] in the order of the loops: offset, sigma, rho, opacity, values; 0 where there
@@ -265,7 +265,7 @@ def _channels(part: slice) -> tuple[int, ...]:
 
 
 def _run(task, b: int, first: int, last: int, weights: int) -> None:
-    """task(picture, row, stop) for all LR rows first ... last of b pictures, on torch's threads.
+    """task(image, row, stop) for all LR rows first ... last of b images, on torch's threads.
 
     Python's threads, which the loops leave free to run. Numba's own may be started by one thread at
     a time, and would break a process that forks.

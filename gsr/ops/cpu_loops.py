@@ -313,7 +313,7 @@ class Cells(NamedTuple):
     """Which pixels belong to which cell: of a grid, or of points if `order` is not empty.
 
     Coordinates are LR pixels from the centre of the cell's LR pixel. Pixels are numbered within
-    their picture.
+    their image.
     """
 
     top: np.ndarray  # grid: [h + 1], first HR row of each row of cells
@@ -325,7 +325,7 @@ class Cells(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Strides of a picture [B, C, rows, W], or of points [B, Q, C]."""
+    """Strides of an image [B, C, rows, W], or of points [B, Q, C]."""
 
     image: int
     channel: int
@@ -436,7 +436,7 @@ def _prepare(table, start, planes, channels, shape, b, i, times_opacity):
     parameters = PARAMETERS + len(channels)
     at = start
     for n in range(b * shape.k * parameters, (b + 1) * shape.k * parameters):
-        # Beside the picture a sigma of 0 would make the whitening infinite.
+        # Beside the image a sigma of 0 would make the whitening infinite.
         outside = one if 2 <= n % parameters < 4 else zero
         for j in range(at, at + width, LANES):
             store(table, j, outside)
@@ -541,7 +541,7 @@ def _write(out, sums, scratch, channels, layout, b, pixel, at, normalize, eps):
 
 @_entry
 def splat(out, planes, channels, cells, shape, layout, normalize, eps, b, first, last):
-    """Fill `out` (flat) at the pixels of picture b's rows of cells first ... last - 1."""
+    """Fill `out` (flat) at the pixels of image b's rows of cells first ... last - 1."""
     table = _table(out, channels, shape)
     y, x, pixel, scratch = _scratch(out, channels)
     carried = channels + (0,)  # the opacity, for the sum of weights, before the channels
@@ -612,7 +612,7 @@ def _note(notes, at, grad, sums, scratch, channels, layout, b, y, x, pixel, plac
 def note(
     notes, begin, grad, planes, channels, cells, shape, layout, normalize, eps, b, first, last
 ):
-    """Fill `notes` for picture b's rows of cells first ... last - 1.
+    """Fill `notes` for image b's rows of cells first ... last - 1.
 
     [passes, 3 + C, LANES] (flat): y, x, S and G. `begin` is that of `count_passes`.
     """
@@ -720,7 +720,7 @@ def _finish(out, sums, table, channels, shape, b, i):
 
 @_entry
 def gather(out, notes, begin, planes, channels, shape, b, first, last):
-    """Fill the planes `out` at picture b's LR rows first ... last - 1 from `notes`."""
+    """Fill the planes `out` at image b's LR rows first ... last - 1 from `notes`."""
     width, radius = _width(shape), shape.radius
     size = (PARAMETERS + len(channels)) * width
     table = np.empty(shape.k * size, notes.dtype)

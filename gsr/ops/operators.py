@@ -48,14 +48,14 @@ def splat(
         radius: each HR pixel sums over the (2 radius + 1)^2 nearest LR pixels.
         normalize: divide by the total weight plus `eps`.
         rows: (first, last): only these rows, [B, C, last - first, W].
-        band: (top, height): the tensors hold only the rows from `top` on, h of them, of a picture
+        band: (top, height): the tensors hold only the rows from `top` on, h of them, of an image
             that is `height` LR pixels high; those within `radius` of the HR rows must be among them
             (`rows_needed` says which).
 
     All tensors have one floating type and device. Sums and geometry are at least float32.
 
     Raises:
-        ValueError: a shape, type or device does not fit, `rows` are not rows of the picture, or the
+        ValueError: a shape, type or device does not fit, `rows` are not rows of the image, or the
             band lacks LR rows.
 
     Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.ops.reference.splat_at`.
@@ -63,7 +63,7 @@ def splat(
     _check(values, sigma, rho, opacity, offset, radius)
     rows = (0, size[0]) if rows is None else rows
     if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
-        raise ValueError(f"rows {tuple(rows)} are not rows of a picture of size {tuple(size)}")
+        raise ValueError(f"rows {tuple(rows)} are not rows of an image of size {tuple(size)}")
     h = values.shape[-2]
     top, height = band = (0, h) if band is None else band
     first, last = rows_needed(rows, height, size[0], radius)
@@ -195,7 +195,7 @@ def _call(op, now: Callable[..., Tensor], tensor: Tensor, *others) -> Tensor:
     """op(tensor, ...), or now(tensor, ...), the same without PyTorch's registry.
 
     The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that
-    nobody needs who enlarges a picture.
+    nobody needs who enlarges an image.
     """
     watched = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
     return (op if watched or type(tensor) is not Tensor else now)(tensor, *others)

@@ -46,8 +46,8 @@ def splat_at(
     With d = point - (pixel + offset), u = d / sigma (component by component) and
     q = (u_y^2 - 2 rho u_y u_x + u_x^2) / (1 - rho^2), a Gaussian weighs w = opacity exp(-q / 2) and
     the result is sum(w value), divided by sum(w) + eps if `normalize`. LR pixels outside the
-    picture do not take part. With `band` (top, height) the tensors hold only the rows from `top` on
-    of a picture that is `height` LR pixels high, and no point needs others. (GaussianSR, AAAI 2025,
+    image do not take part. With `band` (top, height) the tensors hold only the rows from `top` on
+    of an image that is `height` LR pixels high, and no point needs others. (GaussianSR, AAAI 2025,
     section 3: a 2D Gaussian by sigma and rho.)
     """
     b, k, c, h, w = values.shape
@@ -92,7 +92,7 @@ def splat(
     rows: tuple[int, int] | None = None,
     band: tuple[int, int] | None = None,
 ) -> Tensor:
-    """`splat_at` at every pixel centre of an HR picture of `size` (H, W): [B, C, H, W].
+    """`splat_at` at every pixel centre of an HR image of `size` (H, W): [B, C, H, W].
 
     `rows` (first, last) gives only those rows of it, [B, C, last - first, W].
     """

@@ -24,7 +24,7 @@ def bicubic(
         x: [B, C, h, w].
         size: (H, W) of the whole result.
         rows: only the rows rows[0] to rows[1] of it, at the cost of those rows.
-        band: (top, height): x holds only the rows from `top` on of a picture of that height, among
+        band: (top, height): x holds only the rows from `top` on of an image of that height, among
             them those within 2 of the nearest to `rows`.
 
     Returns:
@@ -70,7 +70,7 @@ def imresize(
     scale: float | tuple[float, float] | None = None,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """MATLAB's `imresize(..., "bicubic")`: what made the LR pictures of the benchmark sets.
+    """MATLAB's `imresize(..., "bicubic")`: what made the LR images of the benchmark sets.
 
     Keys' cubic with a = -0.5, widened by 1 / scale where a dimension shrinks (antialiasing);
     pixels beyond an edge repeat the edge. One dimension after the other, the smaller scale first,

@@ -2,7 +2,7 @@
 
 Convolutions and attention within windows of pixels. Every second block has its windows shifted by
 half a window, and those that the border cuts are smaller there; the published code has it the same
-by rolling the picture round and masking what does not belong together. The picture is continued by
+by rolling the image round and masking what does not belong together. The image is continued by
 reflection to whole windows first. Stochastic depth, which the published code has in training, is
 left out: it notes itself that it does nothing for super-resolution.
 """
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             y=side, x=window, p=3, h=self.heads,
         )  # fmt: skip
         bias = self.bias[self._relative(side)].permute(2, 0, 1).expand(columns, -1, -1, -1)
-        if shift:  # the last window of a row holds both ends of the picture
+        if shift:  # the last window of a row holds both ends of the image
             end = torch.arange(window, device=x.device).repeat(side) >= window - shift
             apart = (end[:, None] != end).expand(columns, 1, -1, -1).clone()
             apart[:-1] = False
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         """[B, C, n, m]; the rows are those from `first` on, and no window is cut but by the
-        picture's border."""
+        image's border."""
         n, window = x.shape[2], self.window
         above = min(edge(first, window, self.shift) - first, n)
         whole, below = (n - above) // window, (n - above) % window
@@ -242,7 +242,7 @@ class Windows:
 class Reflected:
     """`inner` on rows that are continued by reflection to whole windows, cut off again at its end.
 
-    Rows and columns; the last rows are remembered until the picture's end is known.
+    Rows and columns; the last rows are remembered until the image's end is known.
     """
 
     def __init__(self, inner: Node, window: int):

@@ -32,7 +32,7 @@ def assign(
         kind: "argmax", one-hot of the largest logit (no gradient); "softmax"; or "gumbel", a sample
             of the Gumbel-softmax distribution at temperature 1.
         hard: round a Gumbel sample to one-hot (straight-through gradient).
-        seeds: of the noise, one a picture, which then depends on nothing else in the batch; None:
+        seeds: of the noise, one an image, which then depends on nothing else in the batch; None:
             PyTorch's global generator.
 
     Raises:
@@ -58,8 +58,8 @@ def _uniform(like: Tensor, seeds: Sequence[int] | None) -> Tensor:
     if seeds is None:
         return out.uniform_()
     generator = torch.Generator(like.device)
-    for picture, seed in zip(out, seeds, strict=True):
-        picture.uniform_(generator=generator.manual_seed(seed))
+    for noise, seed in zip(out, seeds, strict=True):
+        noise.uniform_(generator=generator.manual_seed(seed))
     return out
 
 
@@ -125,7 +125,7 @@ class BoundedBank(GaussianBank):
 
 
 class BankEncoded(NamedTuple):
-    """A picture as features and one Gaussian per LR pixel."""
+    """An image as features and one Gaussian per LR pixel."""
 
     features: Tensor  # [B, C, h, w]
     gaussians: Tensor  # [B, 4, h, w], in the order of `GaussianBank.table`
@@ -136,7 +136,7 @@ class BankHead(nn.Module):
     """What `official` and `field` share: everything but the splat.
 
     A subclass gives `splat_rows` and `splat_around`, each of which prepares a splat onto an HR
-    picture and returns a function that evaluates some of it.
+    image and returns a function that evaluates some of it.
 
     Args:
         config: the model's.
@@ -217,22 +217,22 @@ class BankHead(nn.Module):
         raise NotImplementedError
 
     def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
-        """Tensors [B, ...], and a function of such for some pictures and of HR pixels (y, x),
+        """Tensors [B, ...], and a function of such for some images and of HR pixels (y, x),
         [B, Q] each, giving [B, Q, 9, c]: the splatted stream at the 3 x 3 pixels around each, row
-        by row, and anything finite beyond the picture."""
+        by row, and anything finite beyond the image."""
         raise NotImplementedError
 
 
 def around(y: Tensor, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The 3 x 3 pixels around pixels (y, x), [B, Q] each, moved into a picture: [B, 9 Q] each."""
+    """The 3 x 3 pixels around pixels (y, x), [B, Q] each, moved into an image: [B, 9 Q] each."""
     step = torch.arange(-1, 2, device=y.device)
     y, x = y[..., None] + step.repeat_interleave(3), x[..., None] + step.repeat(3)
     return y.clamp(0, size[0] - 1).flatten(1), x.clamp(0, size[1] - 1).flatten(1)
 
 
-def pick(picture: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Pixels (y, x), [B, P] each, of a picture [B, C, H, W]: [B, P, C]."""
-    b, c, h, w = picture.shape
+def gather_pixels(values: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Pixels (y, x), [B, P] each, of an image [B, C, H, W]: [B, P, C]."""
+    b, c, h, w = values.shape
     image = torch.arange(b, device=y.device)[:, None]
     index = ((image * h + y) * w + x).flatten()
-    return picture.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index).view(*y.shape, c)
+    return values.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index).view(*y.shape, c)

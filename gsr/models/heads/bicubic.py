@@ -19,7 +19,7 @@ from gsr.ops.resize import bicubic_rows
 
 
 class BicubicEncoded(NamedTuple):
-    """A picture as features."""
+    """An image as features."""
 
     features: Tensor  # [B, C, h, w]
     base: Tensor  # see `FourierDecoder.base`

@@ -190,7 +190,7 @@ def add_resized(waves: Tensor, taps: Tensor) -> Tensor:
     """waves [B, n, W, D] plus the sum over j of taps [B, n, w, 3 D] resized bicubically along w.
 
     Part j of the taps belongs to the HR column one left of (j = 0), at, or one right of a pixel;
-    beyond the picture there is nothing. float32, contiguous; `waves` is overwritten and returned.
+    beyond the image there is nothing. float32, contiguous; `waves` is overwritten and returned.
     """
     b, n, width, depth = waves.shape
     w = taps.shape[2]
@@ -265,7 +265,7 @@ def _four_rows(features, image, y, h):
 
 @_entry
 def _scatter(features, grad, at, weights, outside, h, w, queries, c, first, last):
-    """Add to features [B h, w, C] what the queries of the pictures first ... last - 1 give back."""
+    """Add to features [B h, w, C] what the queries of the images first ... last - 1 give back."""
     rest = features.shape[2] - c
     tall = np.empty((12, rest), features.dtype)
     for q in range(first * queries, last * queries):
@@ -331,7 +331,7 @@ class _Neighbourhoods(torch.autograd.Function):
         features = grad.new_zeros(b, h, w, c_all)
         to, given = features.view(b * h, w, c_all).numpy(), grad.reshape(-1, 3, 3, c_all).numpy()
         tables = [t.flatten(0, 1).numpy() for t in ctx.saved_tensors]
-        _run(  # a picture a task, so that its sums have one order
+        _run(  # an image a task, so that its sums have one order
             lambda i, j: _scatter(to, given, *tables, h, w, queries, ctx.c, i, j), b, 1, queries
         )
         outside = ctx.saved_tensors[2]

@@ -2,8 +2,8 @@
 
 At every HR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves
 are evaluated at the pixel's position relative to the nearest LR pixel, and an MLP makes them RGB.
-A picture is decoded by strips of rows, and single points from their 3 x 3 neighbourhoods alone, so
-that neither the 512 channels at HR nor a whole HR picture of features ever exists.
+An image is decoded by strips of rows, and single points from their 3 x 3 neighbourhoods alone, so
+that neither the 512 channels at HR nor a whole HR image of features ever exists.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class FourierDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(last, 3))
 
     def base(self, lr: Tensor) -> Tensor:
-        """What `over` needs of the LR picture [B, 3, h, w]: that, or [B, 0, h, w] without skip."""
+        """What `over` needs of the LR image [B, 3, h, w]: that, or [B, 0, h, w] without skip."""
         half = lr.dtype in (torch.float16, torch.bfloat16)  # HR is always fp32
         return (lr.float() if half else lr) if self.skip else lr[:, :0]
 
@@ -154,7 +154,7 @@ class FourierDecoder(nn.Module):
 
         def decode(rows: tuple[int, int]) -> None:
             top, end = rows
-            # Zero rows only where the picture ends: elsewhere the blocks overlap.
+            # Zero rows only where the image ends: elsewhere the blocks overlap.
             ends = (0, 0, int(top == 0), int(end == size[0]))
             parts = [F.pad(p, ends) for p in strip(max(top - 1, 0), min(end + 1, size[0]))]
             for a, b in _equal(top, end, math.ceil((end - top) / step)):
@@ -180,16 +180,16 @@ class FourierDecoder(nn.Module):
     ) -> Tensor:
         """Decode at `coord` [B, Q, 2], (y, x) in [-1, 1]: [B, Q, 3].
 
-        `neighbours`, of `tensors` [B, ...] cut to some pictures and of their pixels (y, x), [b, n]
-        each, gives the features around these [b, n, 9, C], row by row and zero beyond the picture.
+        `neighbours`, of `tensors` [B, ...] cut to some images and of their pixels (y, x), [b, n]
+        each, gives the features around these [b, n, 9, C], row by row and zero beyond the image.
         coef and freq of a point are those of the nearest HR pixel.
         """
         weight, bias = merged(self.coef, self.freq)
         weight = weight.permute(0, 2, 3, 1).flatten(1)  # [2 D, 9 C]
         cell, out, most = relative_cell(weight, lr_size, size), [], at_once(QUERIES, weight)
-        # Pictures apart: a part of the queries of all would give gradients of all their features.
-        pictures = max(1, most // coord.shape[1])
-        for points, *part in zip(*(t.split(pictures) for t in (coord, *tensors)), strict=True):
+        # Images apart: a part of the queries of all would give gradients of all their features.
+        images = max(1, most // coord.shape[1])
+        for points, *part in zip(*(t.split(images) for t in (coord, *tensors)), strict=True):
             rgb = []
             for some in points.float().split(max(1, most // len(points)), dim=1):
                 y, x, ry, rx = _nearest_pixels(some, lr_size, size)
@@ -304,12 +304,12 @@ def relative_cell(like: Tensor, lr_size: tuple[int, int], size: tuple[int, int])
 
 
 def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column: Tensor) -> Tensor:
-    """The 3 x 3 pixels around HR pixels (row, column), zero beyond the picture.
+    """The 3 x 3 pixels around HR pixels (row, column), zero beyond the image.
 
     Args:
         features: [B, C, h, w], of which all but the first c channels are resized bicubically.
         splatted: [B, Q, 9, c], what takes the place of the first c.
-        size: (H, W) of the resized picture.
+        size: (H, W) of the resized image.
         row, column: [B, Q] int64.
 
     Returns:
@@ -332,8 +332,8 @@ def bicubic_neighbours(x: Tensor, size: tuple[int, int], row: Tensor, column: Te
 
     Args:
         x: [B, C, h, w].
-        size: (H, W) of the resized picture.
-        row, column: [B, Q] int64. Neighbours beyond the picture are extrapolated.
+        size: (H, W) of the resized image.
+        row, column: [B, Q] int64. Neighbours beyond the image are extrapolated.
 
     Returns:
         [B, Q, 9, C], row by row.

@@ -1,6 +1,6 @@
 """The `direct` head: every LR pixel emits K coloured Gaussians, and nothing learnt runs at HR.
 
-HR = bicubic enlargement of LR + splat of the Gaussians, so a picture that has been encoded once can
+HR = bicubic enlargement of LR + splat of the Gaussians, so an image that has been encoded once can
 be rendered at any size for the price of the splat.
 """
 
@@ -26,7 +26,7 @@ ACTIVATIONS = {"leaky_relu": functools.partial(F.leaky_relu, negative_slope=0.1)
 
 
 class DirectEncoded(NamedTuple):
-    """A picture as Gaussians; shapes and units as in `gsr.ops.splat`."""
+    """An image as Gaussians; shapes and units as in `gsr.ops.splat`."""
 
     lr: Tensor  # [B, 3, h, w]
     colour: Tensor  # [B, K, 3, h, w]
@@ -37,11 +37,11 @@ class DirectEncoded(NamedTuple):
 
 
 class DirectHead(nn.Module):
-    """Features [B, C, h, w] to Gaussians, Gaussians to pictures.
+    """Features [B, C, h, w] to Gaussians, Gaussians to images.
 
     A window of radius r ends at least r + 1/2 LR pixels from a pixel's centre. With offsets within
     `reach` and sigma at most (r + 1/2 - reach) / 3, every Gaussian has fallen to exp(-4.5) of its
-    peak or less where its window ends, so that the picture shows no seams there.
+    peak or less where its window ends, so that the image shows no seams there.
     """
 
     halo = 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsr.config import ModelConfig
-from gsr.models.heads.bank import BankEncoded, BankHead, BoundedBank, around, pick
+from gsr.models.heads.bank import BankEncoded, BankHead, BoundedBank, around, gather_pixels
 from gsr.ops import rows_needed, splat, splat_at
 
 EPS = 1e-12  # far below the least total weight, see BoundedBank: constant features stay constant
@@ -39,14 +39,14 @@ class FieldHead(BankHead):
 
     def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
         gaussians, (h, w) = self._gaussians(encoded), encoded.features.shape[-2:]
-        whole = 9 * queries >= size[0] * size[1]  # then the whole picture is less work
+        whole = 9 * queries >= size[0] * size[1]  # then the whole image is less work
         if whole:
             gaussians = (self.splat_rows(encoded, size, scale)(0, size[0]),)
 
         def splatted(tensors, y: Tensor, x: Tensor) -> Tensor:
             y_all, x_all = around(y, x, size)
             if whole:
-                out = pick(*tensors, y_all, x_all)
+                out = gather_pixels(*tensors, y_all, x_all)
             else:
                 y_all = (y_all.double() + 0.5) * h / size[0] - 0.5
                 x_all = (x_all.double() + 0.5) * w / size[1] - 0.5

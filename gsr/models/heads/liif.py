@@ -1,7 +1,7 @@
 """The `liif` head (Chen, Liu, Wang, CVPR 2021), and what it shares with `lte`: the local ensemble.
 
 An MLP turns the code of an LR pixel and a position relative to it into a colour. A point of the HR
-picture asks the four LR pixels around it, and takes the mean of their answers, each weighted by the
+image asks the four LR pixels around it, and takes the mean of their answers, each weighted by the
 area of the rectangle between the point and the opposite pixel. What the MLP does first with a code
 alone is done at LR, once for all positions.
 """
@@ -58,11 +58,11 @@ def centres(first: int, end: int, n: int, n_hr: int, device=None) -> Tensor:
 
 
 class EnsembleHead(nn.Module):
-    """A head whose picture is a local ensemble of `decoder`'s colours.
+    """A head whose image is a local ensemble of `decoder`'s colours.
 
     Args:
         decoder: has `encode` (features and LR to a named tuple, of which the first is what
-            `rgb` takes, and the second the LR picture, which is enlarged bilinearly and added,
+            `rgb` takes, and the second the LR image, which is enlarged bilinearly and added,
             or none of its channels) and `rgb`.
         floats: channels that `encode` gives.
     """
@@ -130,7 +130,7 @@ class EnsembleHead(nn.Module):
         """See `GaussianSR.query`."""
         lr_size = encoded[0].shape[-2:]
         cell = relative_cell(encoded[0], lr_size, size)
-        # Pictures apart: a part of the queries of all would give gradients of all their codes.
+        # Images apart: a part of the queries of all would give gradients of all their codes.
         most, out = at_once(QUERIES, encoded[0]), []
         n = max(1, most // coord.shape[1])
         for points, *part in zip(coord.split(n), *(t.split(n) for t in encoded), strict=True):
@@ -159,7 +159,7 @@ class EnsembleHead(nn.Module):
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Pixels of [B, D, h, w] of that number, all pictures' rows counted: [..., D]."""
+    """Pixels of [B, D, h, w] of that number, all images' rows counted: [..., D]."""
     flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     return flat.index_select(0, index.flatten()).view(*index.shape, -1)
 
@@ -197,7 +197,7 @@ def make_layers(widths: list[int]) -> nn.Sequential:
 
 
 class LIIFEncoded(NamedTuple):
-    """A picture as codes."""
+    """An image as codes."""
 
     codes: Tensor  # [B, D, h, w], what the first layer makes of each pixel's 3 x 3 features
     lr: Tensor  # [B, 3, h, w], [B, 0, h, w] without skip
@@ -205,7 +205,7 @@ class LIIFEncoded(NamedTuple):
 
 class LIIFDecoder(nn.Module):
     """The decoding function: 3 x 3 features, relative position and cell to a colour; with
-    `config.skip`, to its difference from the LR picture's.
+    `config.skip`, to its difference from the LR image's.
 
     Source: LIIF, section 3: equation 1, feature unfolding and cell decoding.
     """

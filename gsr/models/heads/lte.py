@@ -1,7 +1,7 @@
 """The `lte` head (Lee, Jin, CVPR 2022): a local ensemble of MLPs that see learnt waves.
 
 At every LR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves
-at a position relative to the pixel, with a phase for the cell, go through an MLP. The LR picture,
+at a position relative to the pixel, with a phase for the cell, go through an MLP. The LR image,
 enlarged bilinearly, is added.
 """
 
@@ -18,14 +18,14 @@ from gsr.models.heads.liif import EnsembleHead, make_layers, perceptron
 
 
 class LTEEncoded(NamedTuple):
-    """A picture as waves."""
+    """An image as waves."""
 
     waves: Tensor  # [B, 2 D, h, w]: D amplitudes, D / 2 frequencies down the rows, D / 2 along them
     lr: Tensor  # [B, 3, h, w]
 
 
 class LTEDecoder(nn.Module):
-    """Waves, relative position and cell to a colour, less that of the LR picture.
+    """Waves, relative position and cell to a colour, less that of the LR image.
 
     The phase takes the cell of `scale_max` at larger scales: beyond those of the training it has
     not been learnt.

@@ -1,7 +1,7 @@
 """The `official` head: what the published GaussianSR code computes, made deterministic.
 
 LR is cut into windows of 7 x 7 pixels. The Gaussian at each of the 49 positions is the mean over
-all windows (and all pictures of a batch), so that all windows share 49 kernels and the splat is a
+all windows (and all images of a batch), so that all windows share 49 kernels and the splat is a
 matrix product. Use it to run published checkpoints; `field` does what the paper describes.
 """
 
@@ -128,7 +128,7 @@ class OfficialHead(BankHead):
         super().__init__(config, GaussianBank(config.bank.points))
 
     def shared(self, gaussians: Tensor) -> Tensor:
-        """The kernels that all windows of a picture share, from all its Gaussians [B, 4, h, w]."""
+        """The kernels that all windows of an image share, from all its Gaussians [B, 4, h, w]."""
         c = self.config
         return window_kernels(whole_windows(gaussians, c.window), c.window, c.kernel_size)
 
