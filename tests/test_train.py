@@ -25,7 +25,7 @@ from gsr.errors import InputError
 from gsr.io.image import list_images, to_uint8
 from gsr.io.paths import alone
 from gsr.models import GaussianSR
-from gsr.models.checkpoint import BUNDLED, load_model, save_model
+from gsr.models.checkpoint import load_model, save_model
 from gsr.models.heads.bank import assign
 from gsr.ops.resize import bicubic
 from gsr.runs import VAL_SCALES, validate, validation_pairs
@@ -586,12 +586,6 @@ def test_init_starts_from_weights(tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     with pytest.raises(InputError, match="init: .* it has another direct.gaussians$"):
         go(config(tmp_path / "c", init, "model.direct.gaussians=2"))
-
-
-def test_the_config_of_the_bundled_weights_is_theirs():
-    assert (
-        load_config(ROOT / "configs" / "gsr-lite.yaml").model == load_model(BUNDLED["lite"]).config
-    )
 
 
 def test_a_users_own_files_stay(tmp_path):
