@@ -57,6 +57,7 @@ _MORE = {
     "memory": int,  # bytes at the peak, above the loaded model
     "rss": int,  # bytes at the peak, of the whole process
     "per_pixel": _NUMBER,  # p50 seconds a pixel of the result
+    "rates": dict,  # of `python -m bench training`: FLOP/s, their share, share of time waiting
     "ratio": _NUMBER,  # to the smallest picture's per_pixel, or to a training step of the encoder
 }
 
