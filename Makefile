@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint | clean
+# make setup | demo | test | test-slow | lint | docs | clean
 # PYTHON=python3.12        the Python that the environment is made with, 3.10 or newer
 # TORCH_INDEX=URL          one more pip index, such as PyTorch's own for its CPU-only builds
 
@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.setup-done
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint docs clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,12 @@ test-slow: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	$(BIN)/mkdocs build --quiet
 
 clean:
-	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf out build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
