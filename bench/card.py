@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import document
+from bench.tables import published, published_cells, table_row
 from gsr.cli import guard
 from gsr.describe import describe_model
 from gsr.errors import InputError
+from gsr.evaluation import cell
 from gsr.models.checkpoint import load
-from gsr.report import cell, published, table_row
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
@@ -36,26 +37,26 @@ def tables(report: dict) -> str:
             table_row(data["name"], *(f"x{row['scale']:g}" for row in scales)),
             "|---|" + "---|" * len(scales),
         ]
-        for method, label in (("bicubic", "bicubic"), ("model", "**gsr-lite**")):
+        for method, label in (("bicubic", "bicubic"), ("lite", "**gsr-lite**")):
             cells = [cell(row["methods"][method], ("psnr", "ssim")) for row in scales]
             lines.append(table_row(label, *cells))
-        for label, known in published(data, "benchmark"):
-            cells = [
-                f"{known[row['scale']]:.2f}" if row["scale"] in known else "" for row in scales
-            ]
-            lines.append(table_row(f"{label}, published", *cells))
+        for label, known in published(data, report["protocol"]):
+            lines.append(table_row(f"{label}, published", *published_cells(known, scales)))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def check(report: dict[str, Any]) -> None:
     """Raise InputError unless the report is of the protocol `benchmark` and the bundled weights."""
-    name = report["protocol"]["name"]
+    protocol = report["protocol"]
+    name = protocol["name"] + (", of degraded LR" if "degradation" in protocol else "")
     if name != "benchmark":
         raise InputError(f"{REPORT.name}: its protocol is {name}; use evaluate.py's default")
-    if "model" not in report:
-        raise InputError(f"{REPORT.name}: is of several models; measure the bundled one alone")
-    want, have = describe_model(load(), "bundled")["sha256"], report["model"]["sha256"]
+    if list(report["models"]) != ["lite"]:
+        raise InputError(
+            f"{REPORT.name}: its models are {', '.join(report['models'])}; measure lite alone"
+        )
+    want, have = describe_model(load(), "lite")["sha256"], report["models"]["lite"]["sha256"]
     if have != want:
         raise InputError(
             f"{REPORT.name}: the weights measured (sha256 {have[:12]}) are not the bundled ones "

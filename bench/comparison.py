@@ -2,7 +2,7 @@
 
     python -m bench.comparison
 
-They are made from bench/results/comparison.csv, which `gsr compare` writes as comparison.csv.
+They are made from bench/results/comparison.csv, which `python -m bench.compare` writes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import document
+from bench.tables import table_row
 from gsr.cli import guard
 from gsr.errors import InputError
-from gsr.report import table_row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "comparison.csv"
@@ -48,7 +48,7 @@ def _quality(rows: Sequence[dict[str, str]], name: str, scales: list[str]) -> st
 
 def _costs(rows: Sequence[dict[str, str]]) -> str:
     heads = ["", "parameters", "multiply-adds, LR pixel", "HR pixel", "weights, HR pixel",
-             "training, min", "enlarging, s"]  # fmt: skip
+             "training, min", "upsampling, s"]  # fmt: skip
     keys = {"parameters": 1, "lr_macs": 1, "hr_macs": 1, "splat_weights": 1, "training_seconds": 60}
     return _table(
         heads,
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with open(RESULT, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
-        raise InputError(f"{RESULT} must be what gsr compare wrote, but: {error}") from None
+        raise InputError(f"{RESULT} must be what bench.compare wrote, but: {error}") from None
     if len(rows) < 2 or any(row["finished"] not in ("", row["seeds"]) for row in rows):
-        raise InputError(f"{RESULT}: some runs are not finished; run gsr compare again")
+        raise InputError(f"{RESULT}: some runs are not finished; run bench.compare again")
     document.put(PAGE, "comparison", tables(rows))
 
 

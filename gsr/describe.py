@@ -18,8 +18,6 @@ import torch
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-BUNDLED = "bundled"  # what reports and the command line call the bundled model
-
 
 def describe_model(model: GaussianSR, checkpoint: str) -> dict[str, Any]:
     """Which model was measured: its name, mode, size, configuration and a hash of its weights."""
@@ -76,9 +74,7 @@ def _commit() -> str | None:
 
 def called_after(path: str | os.PathLike | None) -> str:
     """What a report calls a checkpoint: the end of its path, "run/best" for what a run wrote."""
-    if path is None:
-        return BUNDLED
-    parts = Path(os.path.abspath(path)).parts[1:]
+    parts = Path(os.path.abspath("lite" if path is None else path)).parts[1:]
     return "/".join(parts[-telling(parts) :])
 
 

@@ -1,4 +1,4 @@
-"""The page of the comparison shows what `gsr compare` wrote, and nothing that is not finished."""
+"""The page of the comparison shows what bench.compare wrote, and nothing that is not finished."""
 
 import pytest
 
@@ -50,6 +50,6 @@ def test_unfinished(files):
     with pytest.raises(InputError, match="some runs are not finished"):
         comparison.main([])
     result.unlink()
-    with pytest.raises(InputError, match="must be what gsr compare wrote"):
+    with pytest.raises(InputError, match="must be what bench.compare wrote"):
         comparison.main([])
     assert page.read_text() == before

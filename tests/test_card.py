@@ -20,13 +20,13 @@ def cell(psnr, ssim):
 @pytest.fixture
 def report(tiny_model):
     scales = [
-        {"scale": 2, "methods": {"bicubic": cell(33.681, 0.93), "model": cell(37.2, 0.9561)}},
-        {"scale": 3, "methods": {"bicubic": cell(30.4, 0.86), "model": cell(33.999, 0.92)}},
+        {"scale": 2, "methods": {"bicubic": cell(33.681, 0.93), "lite": cell(37.2, 0.9561)}},
+        {"scale": 3, "methods": {"bicubic": cell(30.4, 0.86), "lite": cell(33.999, 0.92)}},
     ]
     return {
         "protocol": {"name": "benchmark"},
-        "model": describe_model(tiny_model, "bundled"),
-        "sets": [{"name": "Set5", "pictures": 5, "scales": scales}],
+        "models": {"lite": describe_model(tiny_model, "lite")},
+        "sets": [{"name": "Set5", "images": 5, "scales": scales}],
     }
 
 
@@ -57,13 +57,15 @@ def test_main(documents):
 
 
 def test_refusals(documents, report):
-    sha = report["model"]["sha256"]
-    for section, key, value, sentence in [
-        ("protocol", "name", "div2k", "its protocol is div2k"),
-        ("model", "sha256", "0" * 64, f"000000000000. are not the bundled ones .{sha[:12]}"),
-    ]:
-        wrong = {**report, section: {**report[section], key: value}}
-        card.REPORT.write_text(json.dumps(wrong))
+    lite = report["models"]["lite"]
+    for section, value, sentence in [
+        ("protocol", {"name": "div2k"}, "its protocol is div2k"),
+        ("protocol", {"name": "benchmark", "degradation": {}}, "benchmark, of degraded LR"),
+        ("models", {"lite": lite, "mine": lite}, "its models are lite, mine; measure lite alone"),
+        ("models", {"lite": {**lite, "sha256": "0" * 64}},
+         f"000000000000. are not the bundled ones .{lite['sha256'][:12]}"),
+    ]:  # fmt: skip
+        card.REPORT.write_text(json.dumps({**report, section: value}))
         with pytest.raises(InputError, match=sentence):
             card.main()
     card.REPORT.write_text(json.dumps(report))

@@ -605,7 +605,7 @@ def valid(server):
 def test_obtain(server, valid, tmp_path):
     assert obtain(valid, tmp_path / "data")
     assert contents(tmp_path / "data") == {f"DIV2K/{name}": data for name, data in VALID.items()}
-    assert len(open_set(tmp_path / "data" / valid.folder, [2]).pictures) == 3
+    assert len(open_set(tmp_path / "data" / valid.folder, [2]).images) == 3
     assert not obtain(valid, tmp_path / "data") and len(server.asked) == 1
 
 
@@ -765,7 +765,7 @@ def test_a_set_of_sets(server, tmp_path):
     pictures, digest = {"Set5/HR": 1, "Set14/HR": 1}, checksum(server.files["/b.tar"], "md5")
     source = Source("b.tar", f"{server.url}/b.tar", "benchmark", pictures, digest)
     obtain(source, tmp_path)
-    (picture,) = open_set(tmp_path / "benchmark/Set5", [2]).pictures
+    (picture,) = open_set(tmp_path / "benchmark/Set5", [2]).images
     assert picture.name == "a" and picture.lr[2].name == "ax2.png"
 
 

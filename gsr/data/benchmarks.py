@@ -1,13 +1,13 @@
-"""Data folders to measure on: HR pictures, their LR pictures, and what is wrong with them.
+"""Data folders to measure on: HR images, their LR images, and the checks of both.
 
 A data folder is FOLDER/HR with FOLDER/LR_bicubic/X2/NAMEx2.png (likewise X3, ...), or plain HR
-pictures, or NAME_HR with NAME_LR_bicubic beside it, as DIV2K is laid out. Where a set has no LR
-pictures for a scale they are made from HR by `imresize`.
+images, or NAME_HR with NAME_LR_bicubic beside it, as DIV2K is laid out. Where a set has no LR
+images for a scale they are made from HR by `imresize`.
 
-Scales may be fractional. A picture must have 11 pixels a side left at every scale, after the HR
+Scales may be fractional. An image must have 11 pixels a side left at every scale, after the HR
 pixels that LR does not cover and those that the protocol shaves are gone: one of 256 pixels has at
-x30, one of 64 has not. If a picture is too small for one of the scales, nothing is measured: a mean
-over fewer pictures would not be that of the set.
+x30, one of 64 has not. If an image is too small for one of the scales, nothing is measured: a mean
+over fewer images would not be that of the set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_SCALE = 1000
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFiles:
     name: str  # path below the HR folder without suffix, e.g. "baby"
     hr: Path
     lr: dict[float, Path]  # by scale; a scale that is not here is made by imresize
@@ -42,23 +42,23 @@ class Picture:
 @dataclass(frozen=True)
 class DataSet:
     name: str
-    pictures: list[Picture]
+    images: list[ImageFiles]
     folders: tuple[Path, Path]  # of HR and of LR, resolved
 
 
 def open_set(
     folder: str | os.PathLike, scales: Sequence[float], limit: int | None = None
 ) -> DataSet:
-    """Find the HR pictures of a data folder and their LR pictures at `scales`; reads none of them.
+    """Find the HR images of a data folder and their LR images at `scales`; reads none of them.
 
     Args:
-        folder: see the text of the module.
+        folder: see the docstring of the module.
         scales: each from 1 to 1000.
-        limit: only the first so many pictures, by name.
+        limit: only the first so many images, by name.
 
     Raises:
-        InputError: no such folder, no picture, two pictures of one name, a bad scale or limit, or
-            a folder of LR pictures that lacks one of them or has none for any scale.
+        InputError: no such folder, no image, two images of one name, a bad scale or limit, or
+            a folder of LR images that lacks one of them or has none for any scale.
     """
     scales = check_scales(scales)
     if limit is not None and limit < 1:
@@ -71,10 +71,10 @@ def open_set(
         name = name[: -len("_HR")]
         lr_folder = folder.resolve().parent / f"{name}_LR_bicubic"
 
-    # A set whose HR pictures lie beside its folder LR_bicubic.
+    # A set whose HR images lie beside its folder LR_bicubic.
     paths = [path for path in list_images(hr_folder) if lr_folder not in path.parents]
     if not paths:
-        raise InputError(f"{hr_folder} holds LR pictures only; put HR pictures into it")
+        raise InputError(f"{hr_folder} holds LR images only; put HR images into it")
     names = _by_name(paths, hr_folder)
     if lr_folder.is_dir() and not any(x.is_dir() for x in lr_folder.glob("X[0-9]*")):
         raise InputError(
@@ -90,21 +90,22 @@ def open_set(
         missing = [n for n in names if f"{n}x{scale}" not in found]
         if missing:
             raise InputError(
-                f"{x} lacks {len(missing)} of the {len(names)} LR pictures, first "
+                f"{x} lacks {len(missing)} of the {len(names)} LR images, first "
                 f"{missing[0]}x{scale}.png; add them, or remove {x.name} to have LR made from HR"
             )
         lr[scale] = {n: found[f"{n}x{scale}"] for n in names}
-    pictures = [Picture(n, hr, {s: lr[s][n] for s in lr}) for n, hr in names.items()]
-    return DataSet(name, pictures[:limit], (hr_folder.resolve(), lr_folder.resolve()))
+    images = [ImageFiles(n, hr, {s: lr[s][n] for s in lr}) for n, hr in names.items()]
+    return DataSet(name, images[:limit], (hr_folder.resolve(), lr_folder.resolve()))
 
 
 def open_sets(
-    option: str,
     folders: Sequence[str | os.PathLike],
     scales: Sequence[float],
     limit: int | None = None,
+    *,
+    option: str = "data",
 ) -> list[DataSet]:
-    """`open_set` for each of the folders that an option names, which must be called differently."""
+    """`open_set` for each of the folders that an option names; InputError for two of one name."""
     sets = [open_set(folder, scales, limit) for folder in folders]
     names = [data.name for data in sets]
     for name in names:
@@ -114,16 +115,16 @@ def open_sets(
 
 
 def check_spared(option: str, path: Path, sets: Sequence[DataSet]) -> None:
-    """Raise InputError if a file to be written would replace a picture of a set, or become one."""
+    """Raise InputError if a file to write would replace an image of a set, or become one."""
     exists, above = usable(path).exists(), (path.parent.resolve() / path.name).parents
-    picture = path.suffix.lower() in READ_SUFFIXES
+    is_image = path.suffix.lower() in READ_SUFFIXES
     for data in sets:
-        own = (file for p in data.pictures for file in (p.hr, *p.lr.values()))
-        if (picture and any(folder in above for folder in data.folders)) or (
+        own = (file for p in data.images for file in (p.hr, *p.lr.values()))
+        if (is_image and any(folder in above for folder in data.folders)) or (
             exists and any(os.path.samefile(path, file) for file in own)
         ):
             raise InputError(
-                f"--{option} would write {path} among the pictures of {data.name}, or over one of "
+                f"--{option} would write {path} among the images of {data.name}, or over one of "
                 "them; choose another place"
             )
 
@@ -148,60 +149,59 @@ def check_scales(scales: Sequence[float]) -> list[float]:
     return list(dict.fromkeys(int(s) if s == int(s) else float(s) for s in scales))
 
 
-def read_pair(picture: Picture, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """LR [h, w, 3] and HR [round(h s), round(w s), 3], uint8, of a picture at a scale s.
+def read_pair(image: ImageFiles, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """LR [h, w, 3] and HR [round(h s), round(w s), 3], uint8, of an image at a scale s.
 
-    The LR file if there is one, else HR cropped and reduced by `imresize`; either way HR loses
+    The LR file if there is one, else HR cropped and downsampled by `imresize`; either way HR loses
     what LR does not cover, at the bottom and on the right.
 
     Raises:
-        InputError: an unreadable picture, one with no LR pixel left, or LR of another size.
+        InputError: an unreadable image, one with no LR pixel left, or LR of another size.
     """
-    hr = read_image(picture.hr)
-    if scale in picture.lr:
-        lr = read_image(picture.lr[scale])
-        if not _reduced(hr.shape, lr.shape, scale):
+    hr = read_image(image.hr)
+    if scale in image.lr:
+        lr = read_image(image.lr[scale])
+        if not _fits(hr.shape, lr.shape, scale):
             raise InputError(
-                f"{picture.lr[scale]} has {lr.shape[1]} x {lr.shape[0]} pixels, which is not "
-                f"{picture.hr} ({hr.shape[1]} x {hr.shape[0]}) reduced {scale} times, rounded "
-                "down; replace one of them"
+                f"{image.lr[scale]} has {lr.shape[1]} x {lr.shape[0]} pixels, which is not "
+                f"{image.hr} ({hr.shape[1]} x {hr.shape[0]}) downsampled {scale} times, "
+                "rounded down; replace one of them"
             )
         return lr, _crop(hr, lr.shape, scale)
-    size = _lr_size(picture, hr.shape, scale)
+    size = _lr_size(image, hr.shape, scale)
     hr = _crop(hr, size, scale)
     return imresize(hr, size=size), hr
 
 
 def check_sizes(
-    data: DataSet, scales: Sequence[float], protocol: str | Protocol, least: int = SSIM_WINDOW
+    data: DataSet, scales: Sequence[float], protocol: str | Protocol, *, least: int = SSIM_WINDOW
 ) -> None:
-    """Raise InputError if a picture is too small to measure at a scale, or LR is not HR reduced.
+    """Raise InputError if an image is too small to measure at a scale, or LR does not fit HR.
 
-    Of good files only the heads are read. `least`: pixels that must be left a side, see the text of
-    the module.
+    Of good files only the headers are read. `least`: pixels that must be left a side after shaving.
     """
     protocol = as_protocol(protocol)
-    for picture in data.pictures:
-        size = _head(picture.hr)
+    for image in data.images:
+        size = _header_size(image.hr)
         for scale in scales:
-            hr_size = [round(n * scale) for n in _lr_size(picture, size, scale)]
-            with named_picture(picture, scale):
+            hr_size = [round(n * scale) for n in _lr_size(image, size, scale)]
+            with named_image(image, scale):
                 check_size(hr_size, protocol.shave(scale), least)
-            if scale in picture.lr and not _reduced(size, _head(picture.lr[scale]), scale):
-                read_pair(picture, scale)  # which turns pictures upright and has the last word
+            if scale in image.lr and not _fits(size, _header_size(image.lr[scale]), scale):
+                read_pair(image, scale)  # which turns images upright and has the last word
 
 
 @contextmanager
-def named_picture(picture: Picture, scale: float) -> Iterator[None]:
-    """What is raised meanwhile names the picture and the scale."""
+def named_image(image: ImageFiles, scale: float) -> Iterator[None]:
+    """Name the image and the scale in an InputError that is raised within."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{picture.hr} at x{scale}: {error}, or remove it") from None
+        raise InputError(f"{image.hr} at x{scale}: {error}, or remove it") from None
 
 
-def _head(path: Path) -> tuple[int, int]:
-    """(H, W) as a file's head says it, or what `read_image` raises."""
+def _header_size(path: Path) -> tuple[int, int]:
+    """(H, W) by a file's header; InputError as `read_image` raises it."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
@@ -210,17 +210,17 @@ def _head(path: Path) -> tuple[int, int]:
         return read_image(path).shape[:2]
 
 
-def _reduced(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
-    """Whether LR has the size of HR reduced, rounded down."""
+def _fits(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
+    """Whether LR has the size of HR downsampled, rounded down."""
     # The slack is for scales that binary cannot express.
     return all(-1e-6 < hr_size[axis] - lr_size[axis] * scale < scale for axis in (0, 1))
 
 
-def _lr_size(picture: Picture, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
+def _lr_size(image: ImageFiles, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
     size = tuple(math.floor(n / scale + 1e-9) for n in hr_shape[:2])
     if 0 in size:
         raise InputError(
-            f"{picture.hr} has {hr_shape[1]} x {hr_shape[0]} pixels, too few for scale {scale}; "
+            f"{image.hr} has {hr_shape[1]} x {hr_shape[0]} pixels, too few for scale {scale}; "
             "remove it"
         )
     return size
