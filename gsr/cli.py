@@ -66,7 +66,7 @@ def dispatch(argv: Sequence[str] | None = None) -> None:
 
         return evaluate(argv[1:])
     if argv[:1] == ["data"]:
-        from gsr.data.tiles import main as data
+        from gsr.data.commands import main as data
 
         return data(argv[1:])
     if argv[:1] == ["inspect"]:

@@ -1,10 +1,8 @@
-"""Archives of pictures from the network: fetched, verified and unpacked, whole or not at all.
+"""Published image sets: download an archive, verify it, unpack it, whole or not at all.
 
-A transfer writes NAME.part and, before the first byte, NAME.part.json with what the server says of
-the file (ETag, Last-Modified, length). Whatever ends it, the next run asks for the rest on the
-condition that the file is still the same (RFC 9110, sections 13.1.5 and 14.2), and starts anew
-where it is not. Of an archive only regular files and folders are unpacked, by their names and bytes
-alone, into a hidden folder that gets its final name when the pictures in it have been counted.
+A download writes NAME.part, and the next run asks the server for the rest of it. That the parts
+belong together is proven by the published checksum. The archive is unpacked into a hidden folder
+beside the target, which gets its final name once the images in it have been counted.
 """
 
 from __future__ import annotations
@@ -13,58 +11,126 @@ import contextlib
 import errno
 import hashlib
 import http.client
-import json
-import lzma
 import os
-import re
 import shutil
-import ssl
-import stat
-import struct
-import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from gsr import __version__
 from gsr.errors import InputError
-from gsr.io.paths import alone, make_folder, usable
+from gsr.io.paths import alone, usable
 
 TRIES = 5  # in a row that bring nothing new
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 18  # bytes read at once
-MAX_MEMBERS = 200_000  # of an archive
-SLACK = 64 << 20  # bytes that an archive of pictures may unpack to beyond twice its own size
-# What zipfile, tarfile and the decoders below them raise on damaged archives, OSError aside.
-_DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError,
-    NotImplementedError, RuntimeError, ValueError, OverflowError,
-)  # fmt: skip
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# Errors of the network that may pass. Any other OSError is one of the disk.
+_NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One archive and what comes of it."""
+    """One archive and the folder that it becomes."""
 
-    file: str  # name of the archive; below the output folder it is NAME.part unless it is kept
+    file: str  # name of the archive
     url: str
-    folder: str  # what it becomes, below the output folder
-    pictures: dict[str, int]  # how many lie in which subfolder ("" is the folder itself)
+    folder: str  # below the output folder
+    images: dict[str, int]  # number of images by subfolder ("" is the folder itself)
     checksum: str  # of the archive, as published: "sha256:HEX" or "md5:HEX"
     size: int | None = None  # bytes of the archive, where published
 
     @property
     def name(self) -> str:
         return self.file.rpartition(".")[0]
+
+
+_DIV2K = "https://data.vision.ee.ethz.ch/cvl/DIV2K"
+_EDSR = "https://cv.snu.ac.kr/research/EDSR"
+
+
+def _div2k(folder: str, images: int, size: int, sha256: str) -> Source:
+    file = folder.replace("/", "_") + ".zip"
+    return Source(
+        file, f"{_DIV2K}/{file}", f"DIV2K/{folder}", {"": images}, f"sha256:{sha256}", size
+    )
+
+
+# Sizes and SHA-256: tensorflow_datasets/datasets/div2k/checksums.tsv in tensorflow/datasets.
+# MD5: torchsr/datasets/{flickr2k,benchmarks}.py in Coloquinte/torchSR.
+SETS: dict[str, list[Source]] = {
+    "div2k": [
+        _div2k("DIV2K_train_HR", 800, 3_530_603_713,
+               "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
+        _div2k("DIV2K_valid_HR", 100, 448_993_893,
+               "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
+        _div2k("DIV2K_valid_LR_bicubic/X2", 100, 117_763_600,
+               "60eed9875c697df51204aa579e2a699e1d5215095788a097ff54dd17e2664d57"),
+        _div2k("DIV2K_valid_LR_bicubic/X3", 100, 54_513_392,
+               "04b9a2ed3b4a0715d3924d3ae8514830c3328fac8d30512ce716d6f419e052a3"),
+        _div2k("DIV2K_valid_LR_bicubic/X4", 100, 31_505_881,
+               "a50a5d1c4b88de4e8d300d8fb2b904c52fe93b2b298a4899697760d7cbb6d553"),
+    ],
+    "flickr2k": [
+        Source("Flickr2K.tar", f"{_EDSR}/Flickr2K.tar", "Flickr2K", {"Flickr2K_HR": 2650},
+               "md5:5d3f39443d5e9489bff8963f8f26cb03"),
+    ],
+    "benchmark": [
+        Source("benchmark.tar", f"{_EDSR}/benchmark.tar", "benchmark",
+               {"Set5/HR": 5, "Set14/HR": 14, "B100/HR": 100, "Urban100/HR": 100},
+               "md5:4ace41d33c2384b97e6b320cd0afd6ba"),
+    ],
+}  # fmt: skip
+
+
+def download(
+    name: str,
+    output: str | os.PathLike = "data",
+    url: str | None = None,
+    only: Sequence[str] = (),
+    checksum: bool = True,
+    keep: bool = False,
+    progress: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
+) -> None:
+    """Download a set of `SETS` into a folder, archive by archive, as `obtain` does.
+
+    Args:
+        url: a mirror: the URL of the folder with the archives, or of the one archive.
+        only: names of some of the set's archives, without suffix; empty: all.
+        say: called with a line for each archive that is done.
+    """
+    names = [source.name for source in SETS[name]]
+    for wanted in only:
+        if wanted not in names:
+            raise InputError(f"--only {wanted} is none of {name}'s {', '.join(names)}")
+    sources = [source for source in SETS[name] if not only or source.name in only]
+    one_file = url is not None and _check_url(url).endswith((".zip", ".tar"))
+    if one_file and len(sources) > 1:
+        raise InputError(
+            f"--url {url} is one archive and {name} has {len(sources)}: name the folder that holds "
+            "them, or one of them by --only"
+        )
+    for source in sources:
+        mirror = url if url is None or one_file else f"{url.rstrip('/')}/{source.file}"
+        new = obtain(source, output, mirror, checksum, keep, progress)
+        say(f"{Path(output, source.folder)} is complete" + ("" if new else ", nothing to do"))
+
+
+def _check_url(url: str) -> str:
+    """Return the path of a URL; raise InputError unless it can be downloaded from."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return parts.path
+    raise InputError(f"--url {url} is not a URL to download: name one like https://server/folder")
 
 
 def obtain(
@@ -75,272 +141,195 @@ def obtain(
     keep: bool = False,
     progress: bool = False,
 ) -> bool:
-    """Make a source's folder below `output`, unless it is there; True if there was work to do.
+    """Make a source's folder below `output` unless it is complete; return whether it was made.
 
-    An archive that lies in `output` already, brought there by other means, is verified and used.
+    An archive that lies in `output` already is verified and unpacked like one from the server.
 
     Args:
-        url: address of the file on a mirror; None: the source's own.
+        url: the file on a mirror; None: the source's own URL.
         checksum: False takes a file that is not the published one.
-        keep: leave the archive there after unpacking; one that was not fetched always stays.
-        progress: show bars on stderr.
+        keep: leave the archive there after unpacking; one that was not downloaded always stays.
+        progress: show a bar on stderr.
 
     Raises:
-        InputError: no network, an answer that is not the file, a wrong checksum, a full disk, a
-            damaged archive or one that a picture archive should not be like, an incomplete folder,
-            another run at work in `output`.
+        InputError: network trouble, a wrong checksum, a damaged or unsafe archive, an incomplete
+            folder, a full disk, or another run at work in `output`.
     """
-    output = usable(output)
+    output, url = usable(output), url or source.url
     folder, archive = output / source.folder, output / source.file
-    part = archive.with_name(f"{archive.name}.part")
-    if _is_complete(folder, source):
-        _remove(part)  # of a run that was killed at its very end
-        return False
-    make_folder(output)
-    make_folder(folder.parent)
-    with alone(output, f"another download is at work in {output}; wait until it has ended"):
-        if _is_complete(folder, source):  # another run has ended since
-            return False
-        if archive.is_dir():
-            raise InputError(f"{archive} is a folder, and no archive: move it away and run again")
-        by_hand = archive.exists()
-        packed = archive if by_hand else part
-        if not by_hand:
-            fetch(url or source.url, part, source.size if checksum else None, progress)
-        if checksum:
-            verify(packed, source, progress)
-        temporary = folder.with_name(f".{folder.name}.gsr-tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        try:
-            unpack(packed, temporary / "archive", progress=progress)
-            if keep and not by_hand:
-                packed = part.replace(archive)
-            _settle(temporary / "archive", folder, source, packed)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _remove(part)
-    return True
-
-
-def _remove(part: Path) -> None:
-    for path in (part, _note(part)):
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def describe_bytes(count: float) -> str:
-    """3530603713 as "3.5 GB"."""
-    power = 0
-    while count >= 1000 and power < 4:
-        count, power = count / 1000, power + 1
-    return f"{count:.{min(power, 1)}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise InputError unless so many bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    # Without a checksum nothing but the URL tells which file a part is of.
+    kind = "" if checksum else f".{zlib.crc32(url.encode()):08x}"
+    part = output / f"{source.file}{kind}.part"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(output, f"another download is at work in {output}; wait until it has ended"):
+            new = not os.path.lexists(folder)
+            if new:
+                if source.file.endswith(".tar") and not hasattr(tarfile, "data_filter"):
+                    raise InputError(
+                        f"Python before 3.10.12 or 3.11.4 cannot unpack {archive} safely: update it"
+                    )
+                packed = archive if archive.exists() else part
+                if packed == part:
+                    fetch(url, part, source.size if checksum else None, progress)
+                if checksum:
+                    _verify(packed, source.checksum, downloaded=packed == part)
+                _place(packed, folder, source)
+                if keep and packed == part:
+                    part.rename(archive)
+            elif missing := _missing(folder, source):
+                raise InputError(f"{folder} is incomplete ({missing}): move it away and run again")
+            for left in output.glob(f"{source.file}*.part"):
+                left.unlink()
+    except OSError as error:
         raise InputError(
-            f"{folder} has {describe_bytes(free)} free, and {what} needs "
-            f"{describe_bytes(needed)}: make room, or name a folder on another disk (--output)"
-        )
-
-
-# ---- transfer -----------------------------------------------------------------------------------
+            f"{source.file} cannot be put into {output} ({error}): fix that and run again"
+        ) from None
+    return new
 
 
 def fetch(url: str, part: Path, size: int | None = None, progress: bool = False) -> None:
-    """The file at an address into `part`, from where an earlier run stopped.
+    """Download a file to `part`, from where an earlier run stopped.
 
     Args:
         size: bytes that the file must have; None: what the server says.
 
     Raises:
-        InputError: the address is none, or answers with something else; the network fails so
-            often in a row that more tries seem of no use; the disk is full.
+        InputError: the server refuses, has a file of another size, or cannot be reached in `TRIES`
+            tries; or the disk is full.
     """
-    check_address(url)
-    failures, most = 0, _length(part)
-    with _bar(part.name.removesuffix(".part"), progress) as bar:
-        while True:
-            try:
-                return _transfer(url, part, size, bar)
-            except urllib.error.HTTPError as error:
-                error.close()
-                reason = f"the server answers {error.code} ({_reason(error)})"
-                if error.code == 416:  # there is no rest: what came was of another file
-                    part.unlink(missing_ok=True)
-                elif error.code < 500 and error.code not in (408, 425, 429):
-                    raise InputError(f"{url}: {reason}; name a mirror by --url") from None
-            except (http.client.InvalidURL, UnicodeError) as error:
-                raise InputError(f"{url} is no address of a file ({error})") from None
-            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                reason = _reason(error)
-                if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
-                    raise InputError(
-                        f"{url}: the server's certificate is not trusted ({reason}); mend the "
-                        "system's certificates, or name a mirror by --url"
-                    ) from None
-            length = _length(part)
-            failures, most = (0 if length > most else failures + 1), max(most, length)
-            if failures >= TRIES:
-                kept = f"{part} keeps the {describe_bytes(length)} that came" if length else ""
+    tries, most = 0, _length(part)
+    while True:
+        try:
+            return _transfer(url, part, size, progress)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            code = getattr(error, "code", 500)
+            if code == 416:  # no bytes are left to send; whether all are right, the checksum tells
+                return
+            have = _length(part)
+            tries, most = (1 if have > most else tries + 1), max(have, most)
+            passing = isinstance(error, _NETWORK) and (code >= 500 or code in (408, 429))
+            if not passing or tries >= TRIES:
                 raise InputError(
-                    f"{url} cannot be fetched ({reason}, {TRIES} tries in a row); check the "
-                    "network and run again, or name a mirror by --url" + (kept and f" ({kept})")
-                )
-            wait = min(2**failures, 60)
-            if progress:
-                bar.write(f"{reason}; trying again in {wait} s", file=sys.stderr)
-            time.sleep(wait)
+                    f"{url} cannot be downloaded to {part} ({_reason(error)}): run again to "
+                    "resume, or name a mirror by --url"
+                ) from None
+        time.sleep(2**tries)
 
 
-def check_address(url: str) -> None:
-    """Raise InputError unless this is an address to fetch something from."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise InputError(
-            f"{url} is no address that can be fetched: name one like https://server/folder/file"
-        )
+def _transfer(url: str, part: Path, size: int | None, progress: bool) -> None:
+    """Make one request for the bytes that `part` lacks, and append them."""
+    from tqdm import tqdm
 
-
-def _transfer(url: str, part: Path, size: int | None, bar: Any) -> None:
-    """One request for what is missing. OSError or HTTPException where another may do better."""
-    from gsr.io.image import write_atomic
-
-    note = _read_note(part)
-    have = _length(part) if note.get("url") == url else 0
-    if have and note["size"] == have:
-        return  # an earlier run got all of it
-    headers = {"User-Agent": f"gsr/{__version__}", "Accept-Encoding": "identity"}
-    # A weak ETag promises no equal bytes. Without any promise nothing can be continued.
-    strong = note.get("etag") if not str(note.get("etag")).startswith("W/") else None
-    same = strong or note.get("modified")
-    if have and same:
-        headers |= {"Range": f"bytes={have}-", "If-Range": same}
-    else:
-        have = 0
-    with _opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-        told = {"url": url, **_identity(answer)}
-        if answer.status == 206 and have:
-            start = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-            # Whatever the answer leaves out is as it was.
-            changed = any(told[key] not in (None, note[key]) for key in told)
-            if changed or not start or int(start[1]) != have:
-                part.unlink()
-                raise ConnectionError("the file has changed")
-            told = note
-        else:
+    have = _length(part)
+    if have == size:
+        return
+    headers = {"User-Agent": f"gsr/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if answer.status != 206:  # the server sends the whole file instead of the rest
             have = 0
-        total = told["size"]
-        if None not in (size, total) and total != size:
+        total = size if answer.length is None else have + answer.length
+        if size is not None and total != size:
             raise InputError(
                 f"{url} has {total:,} bytes and not the published {size:,}: name a mirror by "
                 "--url, or take it as it is by --no-checksum"
             )
-        most = size if total is None else total
-        if most is not None:  # the pictures take about as much once more
-            check_space(part.parent, 2 * most - have, part.name.removesuffix(".part"))
-        bar.total, bar.n = most, have
-        bar.refresh()
-        with _writing(part), open(part, "ab" if have else "wb") as file:
-            if not have:  # after the old bytes are gone, or a kill would leave them with this note
-                write_atomic(_note(part), json.dumps(told).encode())
-            while True:
-                with _reading():
-                    block = answer.read1(BLOCK)
-                have += len(block)
-                if not block or (most is not None and have > most):
-                    break
+        bar = tqdm(
+            desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
+            disable=not progress,
+        )  # fmt: skip
+        with bar, open(part, "ab" if have else "wb") as file:
+            while block := answer.read1(BLOCK):
                 file.write(block)
-                file.flush()  # what came is kept, whatever comes next
                 bar.update(len(block))
-            os.fsync(file.fileno())
-    if most is not None and have > most:
-        part.unlink()
+    if total is not None and _length(part) < total:  # a cut connection looks like an end of file
+        raise ConnectionError(f"the connection ended after {_length(part):,} of {total:,} bytes")
+
+
+def _verify(path: Path, checksum: str, downloaded: bool) -> None:
+    """Raise InputError unless a file has the published checksum; remove it if downloaded."""
+    kind, _, published = checksum.partition(":")
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    if digest.hexdigest() == published:
+        return
+    if downloaded:  # or every run would resume it
+        path.unlink()
+    fix = "run again" if downloaded else "remove it and run again"
+    raise InputError(
+        f"{path} has the {kind} {digest.hexdigest()} and not the published {published}: {fix} to "
+        "download it anew, or take it as it is by --no-checksum"
+    )
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar archive into a new folder.
+
+    Raises:
+        InputError: the archive is damaged, or holds a link, a device or a path that leads out of
+            `folder`; what was unpacked before stays.
+        OSError: the files cannot be written.
+    """
+    try:
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter=_plain_file)
+            return
+        with zipfile.ZipFile(archive) as file:
+            for name in file.namelist():
+                path = PurePosixPath(name.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts:  # zipfile would write it elsewhere
+                    raise zipfile.BadZipFile(f"{name!r} leads out of the folder")
+            file.extractall(folder)
+    except Exception as error:  # damaged archives raise almost anything
+        # Decoders raise OSError without a number, a wrong offset is EINVAL; the rest is the disk.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise InputError(
-            f"{url} sends more than {most:,} bytes, which is all that there should be: name a "
-            "mirror by --url" + ("" if size is None else ", or take it as it is by --no-checksum")
-        )
-    got = _length(part)
-    if most is not None and got < most:
-        raise ConnectionError(f"the transfer ended after {got:,} of {most:,} bytes")
-    if total is None:
-        write_atomic(_note(part), json.dumps({**told, "size": got}).encode())
+            f"{archive} is damaged or unsafe ({_reason(error)}): remove it and run again, or name "
+            "a mirror by --url"
+        ) from None
 
 
-class _Network(Exception):
-    """Carries a failure of the network past the handler of failures of the disk."""
+def _plain_file(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """The data filter of tarfile, without the links that it allows; no image set has any."""
+    if member.issym() or member.islnk():
+        raise tarfile.TarError(f"{member.name!r} is a link")
+    return tarfile.data_filter(member, folder)
 
 
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def _place(archive: Path, folder: Path, source: Source) -> None:
+    """Unpack an archive beside a folder, and rename what holds its images to that folder."""
+    top = temporary = folder.with_name(f".{folder.name}.gsr-tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        yield
-    except OSError as error:
-        raise _Network from error
+        unpack(archive, temporary)
+        while missing := _missing(top, source):  # it may be wrapped in folders of any name
+            inside = [path for path in top.iterdir() if path.is_dir() and path.name != "__MACOSX"]
+            if len(inside) != 1:
+                raise InputError(
+                    f"{archive} unpacks to {missing}: remove it and run again, or name a mirror "
+                    "by --url"
+                )
+            top = inside[0]
+        top.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except _Network as error:
-        raise error.__cause__ from None
-    except OSError as error:
-        raise InputError(_unwritable(path, error)) from None
+def _missing(folder: Path, source: Source) -> str:
+    """Say which subfolder has another number of images than it should; "" if none has."""
+    from gsr.io.image import READ_SUFFIXES
 
-
-def _unwritable(path: Path, error: OSError) -> str:
-    if error.errno in _FULL:
-        return f"the disk is full at {path}; make room and run again, which goes on from here"
-    return f"{path} cannot be written ({error.strerror or error})"
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """urllib's, without the file, data and FTP addresses that a server might send us to."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _identity(answer: Any) -> dict[str, Any]:
-    """What tells a file from its successors: ETag, Last-Modified and length of the whole."""
-    length = answer.headers.get("Content-Length")
-    if answer.status == 206:
-        length = answer.headers.get("Content-Range", "").rpartition("/")[2]
-    return {
-        "etag": answer.headers.get("ETag"),
-        "modified": answer.headers.get("Last-Modified"),
-        "size": int(length) if length and length.isdecimal() else None,
-    }
-
-
-def _note(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _read_note(part: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(_note(part).read_text(encoding="utf-8"))
-        promises = [note["etag"], note["modified"]]  # which become headers again
-        good = all(p is None or p.isascii() and p.isprintable() for p in promises)
-        return note if good and "size" in note else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+    for name, count in source.images.items():
+        paths = (folder / name).glob("[!.]*")
+        found = sum(path.suffix.lower() in READ_SUFFIXES for path in paths)
+        if found != count:
+            return f"{found} images in {Path(source.folder, name)} instead of {count}"
+    return ""
 
 
 def _length(path: Path) -> int:
@@ -348,250 +337,4 @@ def _length(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    inner = getattr(error, "reason", error)
-    words = str(getattr(inner, "strerror", None) or inner).split()
-    return " ".join(words) or type(inner).__name__
-
-
-def _bar(name: str, progress: bool, total: int | None = None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        desc=name, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr
-    )
-
-
-# ---- checksums ----------------------------------------------------------------------------------
-
-
-def verify(path: Path, source: Source, progress: bool = False) -> None:
-    """Raise InputError unless a file has the published checksum."""
-    kind, _, published = source.checksum.partition(":")
-    digest = hashlib.new(kind, usedforsecurity=kind == "sha256")
-    with open(path, "rb") as file, _bar("checksum", progress, _length(path)) as bar:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    if digest.hexdigest() != published:
-        raise InputError(
-            f"{path} has the {kind} {digest.hexdigest()} and not the published {published}: remove "
-            "it to fetch it anew, or take it as it is by --no-checksum"
-        )
-
-
-# ---- unpacking ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Member:
-    path: Path  # relative
-    size: int
-    open: Callable[[], IO[bytes]] | None  # None: a folder
-
-
-def unpack(archive: Path, folder: Path, progress: bool = False) -> None:
-    """The files of a zip or plain tar archive into a new folder, without modes, owners or times.
-
-    Everything that names and sizes tell is checked before the first file is written. What is
-    refused: absolute paths and such as lead upwards, links of either kind, devices, pipes, sparse
-    and encrypted files, a path that comes twice, a file below a file, and more bytes in all than
-    twice the archive and 64 MiB, since pictures hardly shrink.
-
-    Raises:
-        InputError: any of these, a damaged archive, or a full disk; `folder` may then hold a part.
-    """
-    with _judged(archive, folder), contextlib.ExitStack() as stack:
-        members = list(_members(archive, folder, stack))
-        total = sum(member.size for member in members)
-        make_folder(folder)
-        check_space(folder, total, f"unpacking {archive.name}")
-        with _bar("unpack", progress, total) as bar:
-            for member in members:
-                _write(member, folder, bar)
-
-
-@contextlib.contextmanager
-def _judged(archive: Path, folder: Path) -> Iterator[None]:
-    """What goes wrong between an archive and a folder, in a sentence on the one at fault."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        if error.errno is None:  # a decoder's
-            raise InputError(_damaged(archive, error)) from None
-        raise InputError(_unwritable(folder, error)) from None
-    except _DAMAGE as error:
-        raise InputError(_damaged(archive, error)) from None
-
-
-def _damaged(archive: Path, error: Exception) -> str:
-    return f"{archive} is damaged ({error}); remove it and run again to fetch it anew"
-
-
-def _members(archive: Path, folder: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
-    limit = 2 * _length(archive) + SLACK
-    with open(archive, "rb") as file:
-        start = file.read(4)
-    if start in (b"PK\3\4", b"PK\5\6"):
-        found = _zip_members(archive, stack)
-    else:
-        found = _tar_members(archive, folder, stack)
-    files: set[Path] = set()
-    folders: set[Path] = set()
-    total = 0
-    for count, (name, size, refusal, opened) in enumerate(found, 1):
-        total += size
-        refusal = refusal or _bad_name(name)
-        path = Path(*(part for part in name.split("/") if part not in ("", ".")))
-        above = set(path.parents) if opened else {path, *path.parents}
-        if not refusal and size < 0:
-            refusal = "a file of less than no bytes"
-        elif not refusal and opened and not path.parts:
-            refusal = "a file without a name"
-        elif not refusal and opened and path in files:
-            refusal = "a name that comes twice"
-        elif not refusal and (above & files or (opened and path in folders)):
-            refusal = "a file where a folder is needed"
-        if refusal:
-            raise InputError(
-                f"{archive} holds {name!r}, {refusal}, and nothing of it was unpacked; fetch the "
-                "archive from a place that you trust"
-            )
-        if count > MAX_MEMBERS or total > limit:
-            raise InputError(
-                f"{archive} would unpack to more than {describe_bytes(limit)} or {MAX_MEMBERS:,} "
-                "files, far more than pictures should, and nothing of it was unpacked; fetch the "
-                "archive from a place that you trust"
-            )
-        if opened:
-            files.add(path)
-        folders |= above
-        yield _Member(path, size, opened)
-
-
-def _zip_members(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple]:
-    file = stack.enter_context(zipfile.ZipFile(archive))
-    for info in file.infolist():
-        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where no Unix wrote it
-        refusal = ""
-        if kind == stat.S_IFLNK:
-            refusal = "a link"
-        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            refusal = "no regular file"
-        elif info.flag_bits & 1:
-            refusal = "an encrypted file"
-        opened = None if info.filename.endswith("/") else (lambda info=info: file.open(info))
-        yield info.filename, info.file_size, refusal, opened
-
-
-def _tar_members(archive: Path, folder: Path, stack: contextlib.ExitStack) -> Iterator[tuple]:
-    file = stack.enter_context(tarfile.open(archive, "r:"))
-    for info in file:
-        refusal = ""
-        if info.issym() or info.islnk():
-            refusal = "a link"
-        elif info.issparse():
-            refusal = "a sparse file"
-        elif not (info.isreg() or info.isdir()):
-            refusal = "no regular file"
-        elif not _bad_name(info.name) and hasattr(tarfile, "data_filter"):
-            try:  # Python's own judgement, where this Python has it
-                tarfile.data_filter(info, str(folder))
-            except tarfile.FilterError as error:
-                refusal = str(error)
-        opened = None if info.isdir() else (lambda info=info: file.extractfile(info))
-        yield info.name, 0 if info.isdir() else info.size, refusal, opened
-
-
-def _bad_name(name: str) -> str:
-    """Why a member must not be written under this name; "" if it may."""
-    if name.startswith("/") or re.match("[A-Za-z]:", name):
-        return "an absolute path"
-    if ".." in name.split("/"):
-        return "a path that leads upwards"
-    if "\\" in name or "\0" in name:
-        return "a name with a character that no name may have"
-    return ""
-
-
-def _write(member: _Member, folder: Path, bar: Any) -> None:
-    target = folder / member.path
-    if member.open is None:
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    left = member.size
-    with member.open() as stream, open(target, "xb") as file:
-        # One byte more than announced, to see that there is none.
-        while block := stream.read(min(BLOCK, left + 1)):
-            left -= len(block)
-            if left < 0:
-                raise EOFError(f"{member.path} is larger than the archive says")
-            file.write(block)
-            bar.update(len(block))
-        file.flush()
-        os.fsync(file.fileno())
-    if left:
-        raise EOFError(f"{member.path} ends {left:,} bytes early")
-
-
-def _settle(top: Path, folder: Path, source: Source, archive: Path) -> None:
-    """Give what was unpacked into `top` its final name, without folders that merely wrap it."""
-    unpacked = top
-    while lacking := _lacking(top, source):
-        inside = [path for path in _visible(top) if path.is_dir()]
-        if len(inside) != 1 or _count(top):
-            break
-        top = inside[0]
-    if lacking and list(source.pictures.values()) == [_count(top)]:
-        # A mirror with the bare pictures of the one folder that is needed.
-        whole = unpacked.with_name("whole")
-        inner = whole / next(iter(source.pictures))
-        inner.parent.mkdir(parents=True)
-        os.rename(top, inner)
-        top, lacking = whole, ""
-    if lacking:
-        raise InputError(
-            f"{archive} unpacks to {lacking}, so it is not the archive that it should be; "
-            "remove it and run again, or name a mirror by --url"
-        )
-    os.rename(top, folder)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX"]
-
-
-def _count(folder: Path) -> int:
-    """Pictures in a folder, not below it."""
-    from gsr.io.image import READ_SUFFIXES
-
-    paths = _visible(folder) if folder.is_dir() else []
-    return sum(path.suffix.lower() in READ_SUFFIXES for path in paths)
-
-
-def _lacking(folder: Path, source: Source) -> str:
-    """The first subfolder with another number of pictures than it should have, in words, or ""."""
-    for name, count in source.pictures.items():
-        found = _count(folder / name)
-        if found != count:
-            return f"{found} pictures in {Path(source.folder, name)} instead of {count}"
-    return ""
-
-
-def _is_complete(folder: Path, source: Source) -> bool:
-    """Whether a source's folder is there; InputError if it is, and is not what it should be."""
-    if folder.is_dir():
-        lacking = _lacking(folder, source)
-    elif folder.exists():
-        lacking = "a file"
-    elif folder.is_symlink():
-        lacking = "a link that leads nowhere"
-    else:
-        return False
-    if lacking:
-        raise InputError(
-            f"{folder} is there and not complete ({lacking}): move it away and run again"
-        )
-    return True
+    return str(error) or type(error).__name__
