@@ -1,12 +1,24 @@
-"""Bytes and operations of the splat by formula: what any implementation has to do at least.
+"""Bytes and operations of the splat by formula, and multiply-adds of a whole model as counted.
 
-Bytes count every input once and every output once. Operations are those of the formula in
-`gsr.ops.reference.splat_at`, a multiply-add being two, exp and a division being one each.
+Of the splat it is what any implementation has to do at least. Bytes count every input once and
+every output once. Operations are those of the formula in `gsr.ops.reference.splat_at`, a
+multiply-add being two, exp and a division being one each.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gsr.config import ModelConfig
+from gsr.models import GaussianSR
+
+COST_SIDE, COST_SCALE = 48, 4  # side of the LR image, and scale, at which a model is counted
 
 
 @dataclass(frozen=True)
@@ -68,3 +80,38 @@ def backward_operations(s: Shape) -> int:
     moments, 5 products and 5 sums and the 2 products they share."""
     again = forward_operations(s) if s.normalize else 0
     return again + s.weights * (12 + 4 * s.C + s.normalize + 16)
+
+
+def model_cost(config: ModelConfig) -> dict[str, Any]:
+    """Parameters and multiply-adds of a model.
+
+    Returns:
+        "parameters"; "lr_macs", multiply-adds of convolutions and matrix products for an LR pixel
+        that is encoded, and "hr_macs" for an HR pixel that is rendered at x4: half the FLOPs that
+        PyTorch counts; "splat_weights", the Gaussians that are weighed for an HR pixel (None in a
+        mode without). Not counted: those weights, what is done to single numbers, and bicubic
+        resizing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = GaussianSR(config).eval()
+    lr, size = torch.zeros(1, 3, COST_SIDE, COST_SIDE), (COST_SIDE * COST_SCALE,) * 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what other threads do is not counted
+    try:
+        # With gradients and plain attention: the CPU's quicker ways hide products.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with torch.enable_grad(), plain, FlopCounterMode(display=False) as counter:
+            encoded = model.encode(lr)
+            encode = counter.get_total_flops()
+            model.render(encoded, size, COST_SCALE)
+            render = counter.get_total_flops() - encode
+    finally:
+        torch.set_num_threads(threads)
+    near = config.direct.gaussians * (2 * config.direct.radius + 1) ** 2
+    weights = {"direct": near, "field": config.bank.window**2, "official": config.bank.window**2}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "lr_macs": encode / 2 / COST_SIDE**2,
+        "hr_macs": render / 2 / math.prod(size),
+        "splat_weights": weights.get(config.mode),
+    }

@@ -1,6 +1,7 @@
-"""The command `gsr`: `upscale`, `data`, `inspect`, `compare`, and `train`, `evaluate` as scripts.
+"""The command `gsr`: `upscale`, `data` and `inspect`.
 
-Wrong input ends with one sentence on stderr and exit code 2, an interruption with 130.
+Wrong input prints one sentence on stderr and exits with 2, an interruption exits with 130. Training
+and measuring are scripts of the checkout: train.py, evaluate.py and `python -m bench.compare`.
 """
 
 from __future__ import annotations
@@ -56,15 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def dispatch(argv: Sequence[str] | None = None) -> None:
     """`main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # These parse their own arguments, so that `gsr train` and `python train.py` are the same.
-    if argv[:1] == ["train"]:
-        from gsr.training import main as train
-
-        return train(argv[1:])
-    if argv[:1] == ["evaluate"]:
-        from gsr.evaluation import main as evaluate
-
-        return evaluate(argv[1:])
     if argv[:1] == ["data"]:
         from gsr.data.commands import main as data
 
@@ -73,10 +65,6 @@ def dispatch(argv: Sequence[str] | None = None) -> None:
         from gsr.viz import main as inspect
 
         return inspect(argv[1:])
-    if argv[:1] == ["compare"]:
-        from gsr.compare import main as compare
-
-        return compare(argv[1:])
     args = _parser().parse_args(argv)
     return _upscale(args)
 
@@ -145,11 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         "loses nothing that can be seen by it (0.01 dB)",
     )
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    commands.add_parser("train", help="train a model (gsr train --help)", add_help=False)
-    commands.add_parser("evaluate", help="measure a model (gsr evaluate --help)", add_help=False)
-    commands.add_parser("data", help="get pictures (gsr data --help)", add_help=False)
+    commands.add_parser("data", help="get images (gsr data --help)", add_help=False)
     commands.add_parser("inspect", help="draw a model's Gaussians", add_help=False)
-    commands.add_parser("compare", help="train and measure several configs", add_help=False)
     return parser
 
 
