@@ -238,7 +238,7 @@ def test_names_that_are_no_utf8(here):
     assert b"B\\udce4ume" in done.stdout and os.listdir(b"out") == [b"B\xe4ume.png"]
 
 
-@pytest.mark.parametrize("name, module", [("data", "gsr.data.tiles"), ("inspect", "gsr.viz")])
+@pytest.mark.parametrize("name, module", [("data", "gsr.data.commands"), ("inspect", "gsr.viz")])
 def test_other_commands_get_their_arguments(monkeypatch, name, module):
     seen = []
     monkeypatch.setattr(f"{module}.main", seen.append)

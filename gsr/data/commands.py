@@ -26,8 +26,8 @@ examples:
 
   gsr data download div2k                          into data/DIV2K
   gsr data prepare data/DIV2K/DIV2K_train_HR tiles
-  python train.py --config configs/published.yaml data.train=tiles data.repeat=1 train.epochs=1000 \\
-      train.step_epochs=100
+  python train.py --config configs/published.yaml data.train=tiles data.repeat=1 \\
+      train.epochs=1000 train.step_epochs=100
 
 32,000 tiles, each visited once, are 2,000 steps of 16: 1,000 such epochs have the 2 million steps
 of the recipe, whose learning rate is halved every 200,000. With its own values for 800 images
@@ -78,7 +78,7 @@ def add_data_parser(subparsers: Any) -> None:
     down = commands.add_parser(
         "download",
         help="fetch DIV2K, Flickr2K or the benchmarks (gsr data download --help)",
-        description="Download a published set and unpack it to where gsr train and gsr evaluate "
+        description="Download a published set and unpack it to where train.py and evaluate.py "
         "read it.",
         epilog=DOWNLOAD_EPILOG,
         formatter_class=raw,
