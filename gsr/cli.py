@@ -57,19 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def dispatch(argv: Sequence[str] | None = None) -> None:
     """`main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["data"]:
-        from gsr.data.commands import main as data
-
-        return data(argv[1:])
-    if argv[:1] == ["inspect"]:
-        from gsr.viz import main as inspect
-
-        return inspect(argv[1:])
-    args = _parser().parse_args(argv)
-    return _upscale(args)
+    args = _parser(argv[0] if argv else "").parse_args(argv)
+    args.run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The arguments of all commands; those of `inspect` in full only where it is the command."""
+    from gsr.data.commands import add_data_parser
+
     parser = argparse.ArgumentParser(
         prog="gsr", description="Image super-resolution at any scale by 2D Gaussian splatting."
     )
@@ -77,12 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser(
         "upscale",
-        help="enlarge pictures",
-        description="Enlarge pictures by any factor, or to any size.",
+        help="upscale images",
+        description="Upscale images by any factor, or to any size.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    up.add_argument("photo", nargs="+", metavar="PHOTO", help="picture file to enlarge")
+    up.add_argument("photo", nargs="+", metavar="PHOTO", help="image file to upscale")
     up.add_argument(
         "-o",
         "--output",
@@ -109,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--compare",
         metavar="FILE",
-        help="also write the bicubic enlargement and the result side by side",
+        help="also write the bicubic upsampling and the result side by side",
     )
     up.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     up.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
@@ -129,12 +124,18 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto (default) takes bf16 for large pictures if the processor has it and the picture "
+        help="auto (default) takes bf16 for large images if the processor has it and the image "
         "loses nothing that can be seen by it (0.01 dB)",
     )
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
-    commands.add_parser("data", help="get images (gsr data --help)", add_help=False)
-    commands.add_parser("inspect", help="draw a model's Gaussians", add_help=False)
+    up.set_defaults(run=_upscale)
+    add_data_parser(commands)
+    if command == "inspect":  # imports torch
+        from gsr.viz import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("inspect", help="draw a model's Gaussians (gsr inspect --help)")
     return parser
 
 
@@ -173,7 +174,7 @@ def _bytes(text: str) -> int:
 def _upscale(args: argparse.Namespace) -> None:
     photos = [Path(photo) for photo in args.photo]
     if args.compare and len(photos) > 1:
-        raise InputError("--compare takes one PHOTO; enlarge them one by one")
+        raise InputError("--compare takes one PHOTO; upscale them one by one")
     if args.max_pixels is not None and args.max_pixels < 1:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
@@ -301,14 +302,14 @@ def _is_folder(photos: list[Path], output: str) -> bool:
 
 
 def _sheet(width: int, height: int) -> tuple[tuple[int, int], int, int, int]:
-    """Of a sheet with two pictures of that size: its own, that of text, the gap, the label band."""
+    """Of a sheet with two images of that size: its own, that of text, the gap, the label band."""
     text = max(12, round(height / 28))
     gap, band = max(2, text // 3), math.ceil(1.6 * text)
     return (2 * width + gap, band + height), text, gap, band
 
 
 def _side_by_side(image: Any, large: Any) -> Any:
-    """Pillow images: the small one enlarged bicubically, the large one, each under its label."""
+    """Pillow images: the small one upsampled bicubically, the large one, each under its label."""
     from PIL import Image, ImageDraw, ImageFont
 
     from gsr.io.image import on_white, to_rgb

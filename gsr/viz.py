@@ -414,11 +414,3 @@ def run(args: argparse.Namespace) -> None:
         for name, row in report["statistics"].items():
             print(f"{name:8}" + "".join(f"{value:10.4f}" for value in row.values()))
         print(f"sigma is {report['sigma_unit']}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `gsr inspect` with its own arguments. Raises InputError."""
-    parser = argparse.ArgumentParser(prog="gsr")
-    add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["inspect", *(argv or [])])
-    args.run(args)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from gsr.data.fetch import SETS, download
@@ -54,14 +53,6 @@ A training on tiles needs data.val, other images: tiles of one image overlap, an
 validated would have been trained on. An epoch visits every tile data.repeat times, so lower
 data.repeat by about the number of tiles that an image has; see gsr data --help.
 """
-
-
-def main(argv: Sequence[str]) -> None:
-    """Run `gsr data` with these arguments. Raises InputError."""
-    parser = argparse.ArgumentParser(prog="gsr")
-    add_data_parser(parser.add_subparsers())
-    args = parser.parse_args(["data", *argv])
-    args.run(args)
 
 
 def add_data_parser(subparsers: Any) -> None:
