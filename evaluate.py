@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
     files = output_files(options, sets)
     folders = save_folders(args.save, labels, sets)
 
-    device = distributed.pick(args.device, "--device")
+    device = distributed.select_device(args.device, "--device")
     extra = {name: perceptual(name, device) for name in args.perceptual}
     models = {label: load(path).to(device) for label, path in checkpoints.items()}
     for model in models.values():  # what is compiled or allocated at first counts for no image
@@ -76,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "sets": [],
     }
     for data in sets:
-        own, measured = distributed.share(data.images), {}
+        own, measured = distributed.shard(data.images), {}
         quiet, total = distributed.rank() > 0, len(own) * len(scales)
         with tqdm(total=total, desc=data.name, unit="image", disable=quiet) as bar:
             for scale in scales:
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     # fmt: on
     args = parser.parse_args(argv)
-    with distributed.together():
+    with distributed.process_group():
         evaluate(args)
 
 

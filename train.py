@@ -74,9 +74,11 @@ def learning_rate(config: TrainConfig, step: int, total: int, per_epoch: int, lr
 def train(config: Config, resume: bool = False, progress: bool = True) -> dict[str, float]:
     """Train to the last step; return the metrics of the last validation (of rank 0)."""
     c = config.train
-    micro_batch(config.data.batch, distributed.count(), c.accumulate)  # refuses what does not fit
+    micro_batch(
+        config.data.batch, distributed.world_size(), c.accumulate
+    )  # refuses what does not fit
     set_threads(c.threads)
-    device = distributed.pick(c.device)
+    device = distributed.select_device(c.device)
 
     # Data. Every image is decoded once, so that a damaged one is found now and not in hours.
     train_images, val_images = split_images(config.data)
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run of that name")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    with distributed.together():
+    with distributed.process_group():
         config = load_config(args.config, args.overrides)
         keep_memory()
         metrics = train(config, args.resume)

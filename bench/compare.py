@@ -36,11 +36,11 @@ from gsr.cli import guard
 from gsr.config import Config, load_config
 from gsr.data.benchmarks import DataSet, check_scales, check_sizes, open_sets
 from gsr.data.patches import split_images, steps_per_epoch
-from gsr.device import pick_device, set_threads
+from gsr.device import select_device, set_threads
 from gsr.errors import InputError
 from gsr.evaluation import Degradation, Method, add_protocol, make_methods, notes
 from gsr.io.image import write_atomic
-from gsr.io.paths import as_json, as_text, make_folder, usable
+from gsr.io.paths import as_json, as_text, check_path, make_folder
 from gsr.models.checkpoint import load_model
 from gsr.runs import MAY_CHANGE, different_keys
 
@@ -130,7 +130,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 def check_same_runs(runs: Sequence[Run]) -> None:
     """Raise InputError if a run that is there was started with another config."""
     for run in runs:
-        if not usable(run.folder / "state.pt").exists():
+        if not check_path(run.folder / "state.pt").exists():
             continue
         keys = different_keys(load_config(run.folder / "config.yaml"), run.config)
         if keys := [key for key in keys if key not in FREE]:
@@ -169,7 +169,7 @@ def complete(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
         *asked["scales"], *(f"--{key}={v}" for key, v in options.items() if v is not None),
     )  # fmt: skip
     set_threads(threads)
-    model = load_model(run.folder / "model").to(pick_device(device))
+    model = load_model(run.folder / "model").to(select_device(device))
     result = {
         "asked": asked,
         "evaluation": read_json(run.folder / "evaluation.json"),

@@ -178,7 +178,7 @@ def _upscale(args: argparse.Namespace) -> None:
     if args.max_pixels is not None and args.max_pixels < 1:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
-    from gsr.device import pick_device, set_threads
+    from gsr.device import select_device, set_threads
     from gsr.inference.strips import estimate
     from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
     from gsr.io.image import (
@@ -188,7 +188,7 @@ def _upscale(args: argparse.Namespace) -> None:
         open_image,
         save_image,
     )
-    from gsr.io.paths import make_folder, usable
+    from gsr.io.paths import check_path, make_folder
 
     # Everything that can be refused is refused before the model is loaded or a pixel computed, and
     # before anything is written, be it a folder.
@@ -205,7 +205,7 @@ def _upscale(args: argparse.Namespace) -> None:
             raise InputError(f"{photo}: {error}") from None
         sizes.append((width, height))
     outputs = _outputs(photos, args.output)
-    comparison = usable(args.compare) if args.compare else None
+    comparison = check_path(args.compare) if args.compare else None
     if comparison is not None and comparison.resolve() == outputs[0].resolve():
         raise InputError(f"--compare and --output both name {comparison}; choose two names")
     files = list(zip(outputs, sizes, strict=True))
@@ -223,7 +223,7 @@ def _upscale(args: argparse.Namespace) -> None:
 
     from gsr.models.checkpoint import load
 
-    device = pick_device(args.device)
+    device = select_device(args.device)
     choices = [_choose(args.model, lossy_compression(photo)) for photo in photos]
     # All of them at once: a model that is missing is found before the first image is computed.
     models = {name: load(name).to(device) for name in dict.fromkeys(c[0] for c in choices)}
@@ -281,15 +281,15 @@ def _duration(seconds: float) -> str:
 def _outputs(photos: list[Path], output: str) -> list[Path]:
     """The file to write for each photo."""
     from gsr.io.image import WRITE_FORMATS
-    from gsr.io.paths import usable
+    from gsr.io.paths import check_path
 
     if not _is_folder(photos, output):
-        return [usable(output)]
+        return [check_path(output)]
     names = [
         photo.name if photo.suffix.lower() in WRITE_FORMATS else f"{photo.stem}.png"
         for photo in photos
     ]
-    paths = [usable(Path(output, name)) for name in names]
+    paths = [check_path(Path(output, name)) for name in names]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"two photos would be written to {path}; rename one of them")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gsr.errors import InputError
-from gsr.io.paths import usable
+from gsr.io.paths import check_path
 
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?|mps|xpu"
 MAX_THREADS = 1024
@@ -440,7 +440,7 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
     The right-hand side of an override is YAML too ("null", "[64, 64]"). Raises one InputError
     that lists every mistake in file and overrides, each with its full key.
     """
-    path = usable(path)
+    path = check_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from gsr.config import DEVICES, MAX_THREADS
 from gsr.errors import InputError
 
 
-def pick_device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """The device that a name means; "auto" is CUDA where there is one.
 
     Raises:
@@ -48,7 +48,7 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(count)
 
 
-def each(function: Callable[[Any], None], items: Iterable, threads: int) -> None:
+def threaded_map(function: Callable[[Any], None], items: Iterable, threads: int) -> None:
     """function(item) for every item, each on one of so many threads.
 
     With more than one, there are no gradients, and PyTorch computes with one thread in each:
@@ -93,7 +93,7 @@ def at_once(pixels: int, like: torch.Tensor) -> int:
     return pixels if like.device.type == "cpu" else 16 * pixels
 
 
-def product_type(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """bfloat16 within torch.autocast to that on this type of device, for matrices; else None."""
     inside = torch.is_autocast_enabled(device)
     return torch.bfloat16 if inside and torch.get_autocast_dtype(device) == torch.bfloat16 else None
@@ -109,7 +109,7 @@ def keep_pieces() -> None:
     torch.empty(2**25 - 2**14, dtype=torch.uint8)  # never touched
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Have glibc return all freed memory to the system; nothing with another C library."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

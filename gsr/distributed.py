@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gsr.device import pick_device
+from gsr import device as devices
 from gsr.errors import InputError
 
 # What PyTorch says where another process is gone.
@@ -45,25 +45,25 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes that are together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0; only process 0 writes and prints."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def place() -> tuple[int, int]:
+def local_rank() -> tuple[int, int]:
     """Number of this process among those on its machine, and how many those are."""
-    if count() == 1:
+    if world_size() == 1:
         return 0, 1
     return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the processes that torchrun has started, for as long as the context lasts.
 
     An InputError of one of them ends them all: the first prints its sentence, and every process
@@ -93,14 +93,14 @@ def together() -> Iterator[None]:
                 raise
             agree()
         except RuntimeError as error:
-            if count() == 1 or not GONE.search(str(error)):
+            if world_size() == 1 or not GONE.search(str(error)):
                 raise
             raise Lost(
                 f"process {rank()} has lost another one: see what that printed, and run again, a "
                 "training with --resume"
             ) from None
     finally:
-        if count() > 1:
+        if world_size() > 1:
             time.sleep(0.2)  # for gloo's threads to let go of what they have sent, see above
             dist.destroy_process_group()
 
@@ -111,11 +111,11 @@ def agree(error: InputError | None = None) -> None:
     The sentence of the first of those is printed by then, and no other. Returns at once in a single
     process, whatever the error.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
-    _first.fill_(count() if error is None else rank())
+    _first.fill_(world_size() if error is None else rank())
     dist.all_reduce(_first, dist.ReduceOp.MIN)
-    if _first == count():
+    if _first == world_size():
         return
     if _first == rank():
         print(f"gsr: error: {error}", file=sys.stderr, flush=True)
@@ -125,44 +125,46 @@ def agree(error: InputError | None = None) -> None:
 
 def mean(values: Tensor) -> Tensor:
     """The mean of a float tensor over all processes; the tensor itself in a single one."""
-    if count() == 1:
+    if world_size() == 1:
         return values
     dist.all_reduce(values)
-    return values / count()
+    return values / world_size()
 
 
-def share(items: Sequence[Any]) -> Sequence[Any]:
+def shard(items: Sequence[Any]) -> Sequence[Any]:
     """This process's part: every count-th, so that what is sorted by size is divided evenly."""
-    return items[rank() :: count()]
+    return items[rank() :: world_size()]
 
 
 def gather(value: Any) -> list[Any]:
     """What every process has for `value`, by rank; each of them must ask."""
-    values = [value] * count()
-    if count() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def pick(name: str, option: str = "train.device") -> torch.device:
+def select_device(name: str, option: str = "train.device") -> torch.device:
     """The device that `option`'s value means for this process: a GPU each, or the CPU.
 
     Raises:
         InputError: it names one device for several processes, or there are more than GPUs.
     """
-    if count() == 1:
-        return pick_device(name)
+    if world_size() == 1:
+        return devices.select_device(name)
     if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"{option} {name} does not serve {count()} processes: use auto or cpu")
+        raise InputError(
+            f"{option} {name} does not serve {world_size()} processes: use auto or cpu"
+        )
     if name == "cpu" or not torch.cuda.is_available():
-        return pick_device(name)
-    (local, here), gpus = place(), torch.cuda.device_count()
+        return devices.select_device(name)
+    (local, here), gpus = local_rank(), torch.cuda.device_count()
     if local >= gpus:
         raise InputError(
             f"torchrun started {here} processes on a machine of {gpus} GPUs: give "
             f"--nproc_per_node {gpus}, or cpu as {option}"
         )
-    device = pick_device(f"cuda:{local}")
+    device = devices.select_device(f"cuda:{local}")
     torch.cuda.set_device(device)
     return device
 
@@ -172,7 +174,7 @@ def parallel(module: nn.Module) -> nn.Module:
 
     All start from the weights of process 0.
     """
-    if count() == 1:
+    if world_size() == 1:
         return module
     agree()
     return nn.parallel.DistributedDataParallel(module)

@@ -26,7 +26,7 @@ from gsr.data.degradations import add_noise, save_jpeg
 from gsr.describe import telling
 from gsr.errors import InputError
 from gsr.inference.strips import run
-from gsr.io.paths import make_folder, usable
+from gsr.io.paths import check_path, make_folder
 from gsr.metrics import PERCEPTUAL, PROTOCOLS, Protocol, psnr, psnr_y, ssim
 from gsr.ops.resize import imresize
 
@@ -361,7 +361,7 @@ def output_files(options: Mapping[str, str | None], sets: Sequence[DataSet]) -> 
     for option, name in options.items():
         if name is None:
             continue
-        path = usable(name)
+        path = check_path(name)
         if path.is_dir():
             raise InputError(f"--{option} {path} is a folder; name the file to write")
         for other, taken in files.items():

@@ -34,7 +34,7 @@ from gsr.config import Config, ModelConfig, load_config, to_dict
 from gsr.data.patches import downscale
 from gsr.errors import InputError
 from gsr.io.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
-from gsr.io.paths import alone, make_folder, usable
+from gsr.io.paths import check_path, lock_folder, make_folder
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import save_model
@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, config: Config, images: dict[str, Iterable[Path]], resume: bool = False):
         self.config, self.resume, self.leads = config, resume, distributed.rank() == 0
-        self.folder = usable(Path(config.output) / config.name)
+        self.folder = check_path(Path(config.output) / config.name)
         self.state, self.log_file = self.folder / "state.pt", self.folder / "log.jsonl"
         train = config.data.train
         folders = [train] if isinstance(train, str) else list(train)
@@ -88,7 +88,7 @@ class Run:
         with ExitStack() as stack:  # whatever fails here releases the lock
             make_folder(self.folder)
             refusal = f"another training is at work in {self.folder}; wait until it has ended"
-            stack.enter_context(alone(self.folder, refusal))
+            stack.enter_context(lock_folder(self.folder, refusal))
             if not self.resume:
                 self._check_free()  # another training may have ended since
                 text = yaml.safe_dump(to_dict(self.config), sort_keys=False)

@@ -22,11 +22,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from gsr.describe import called_after, describe_model
-from gsr.device import pick_device, set_threads
+from gsr.device import select_device, set_threads
 from gsr.errors import InputError
 from gsr.inference.strips import inference
 from gsr.io.image import read_image, to_tensor, write_atomic, write_image
-from gsr.io.paths import as_json, check_takes_files, make_folder, usable
+from gsr.io.paths import as_json, check_path, check_takes_files, make_folder
 from gsr.models.checkpoint import load
 from gsr.models.heads.bank import BankHead, assign
 from gsr.models.heads.direct import DirectHead
@@ -388,10 +388,10 @@ def run(args: argparse.Namespace) -> None:
     # Everything that can be wrong with the arguments is found before the model is loaded.
     set_threads(args.threads)
     check_scale(args.scale)
-    device, image = pick_device(args.device), read_image(args.image)
+    device, image = select_device(args.device), read_image(args.image)
     crop = args.crop or middle_crop(image, CROP)
     check_crop(crop, image.shape, args.zoom)
-    folder = usable(args.output)
+    folder = check_path(args.output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder} is a file; name a folder")
     for name in FILES:

@@ -10,27 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsr.device import each, keep_memory, pick_device, set_threads
+from gsr.device import keep_memory, select_device, set_threads, threaded_map
 from gsr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["meta", "gpu", "", "cpu:", "cuda:", "cuda:-1", "vulkan", "cpu\n"])
 def test_other_names_are_refused(name):
     with pytest.raises(InputError, match="is none of auto, cpu, cuda, cuda:1, mps and xpu"):
-        pick_device(name)
+        select_device(name)
 
 
 def test_devices_that_are_not_there():
     for name in ("cuda:99", "cuda:99999999999999999999"):
         with pytest.raises(InputError, match=f"device {name} is not available here"):
-            pick_device(name)
+            select_device(name)
 
 
 def test_threads(monkeypatch):
@@ -80,5 +80,5 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 def test_each_with_one_thread_keeps_gradients():
     found = []
-    each(lambda i: found.append((i, torch.is_grad_enabled())), range(3), 1)
+    threaded_map(lambda i: found.append((i, torch.is_grad_enabled())), range(3), 1)
     assert found == [(0, True), (1, True), (2, True)]

@@ -147,19 +147,23 @@ def test_a_process_that_is_killed(tmp_path, rank):
 
 
 def test_other_failures_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "agree", lambda error=None: None)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    with pytest.raises(RuntimeError, match="size mismatch"), distributed.together():
+    with pytest.raises(RuntimeError, match="size mismatch"), distributed.process_group():
         raise RuntimeError("size mismatch")
 
 
 def test_alone_there_is_nobody_to_ask():
-    assert (distributed.rank(), distributed.count(), distributed.place()) == (0, 1, (0, 1))
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (
+        0,
+        1,
+        (0, 1),
+    )
     distributed.agree(InputError("mine"))
     values, module = torch.ones(3), torch.nn.Linear(1, 1)
     assert distributed.mean(values) is values and distributed.parallel(module) is module
-    with pytest.raises(InputError, match="mine"), distributed.together():
+    with pytest.raises(InputError, match="mine"), distributed.process_group():
         raise InputError("mine")
 
 

@@ -670,11 +670,11 @@ def test_script(checkpoint, tmp_path):
 
 def test_every_image_belongs_to_one_process(monkeypatch):
     for count in (1, 2, 3, 8):
-        monkeypatch.setattr(distributed, "count", lambda: count)  # noqa: B023
+        monkeypatch.setattr(distributed, "world_size", lambda: count)  # noqa: B023
         shares = []
         for rank in range(count):
             monkeypatch.setattr(distributed, "rank", lambda: rank)  # noqa: B023
-            shares += distributed.share(NAMES)
+            shares += distributed.shard(NAMES)
         assert sorted(shares) == NAMES
 
 

@@ -26,7 +26,7 @@ from gsr.data.benchmarks import open_set
 from gsr.data.fetch import SETS, Source, obtain, unpack
 from gsr.errors import InputError
 from gsr.io.image import list_images
-from gsr.io.paths import alone
+from gsr.io.paths import lock_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -374,7 +374,7 @@ def test_benchmark_sets(server, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
 def test_two_at_once(valid, tmp_path):
-    with alone(tmp_path, ""), pytest.raises(InputError, match="another download is at work"):
+    with lock_folder(tmp_path, ""), pytest.raises(InputError, match="another download is at work"):
         obtain(valid, tmp_path)
     assert obtain(valid, tmp_path)
 

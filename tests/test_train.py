@@ -23,7 +23,7 @@ from gsr.config import load_config
 from gsr.data.patches import Batch, pixel_coords, split_images
 from gsr.errors import InputError
 from gsr.io.image import list_images, to_uint8
-from gsr.io.paths import alone
+from gsr.io.paths import lock_folder
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model, save_model
 from gsr.models.heads.bank import assign
@@ -225,12 +225,15 @@ def test_two_trainings_of_one_name(tmp_path):
     steps = ["train.steps=3", "train.schedule=step"]
     held = tmp_path / "smoke"
     held.mkdir()
-    with alone(held, "held"), pytest.raises(InputError, match="another training is at work in .*"):
+    with (
+        lock_folder(held, "held"),
+        pytest.raises(InputError, match="another training is at work in .*"),
+    ):
         go(config(tmp_path, "train.steps=5"))
     assert not list(held.iterdir())
     go(config(tmp_path, *steps))
     again = [*steps[1:], "train.steps=4"]
-    with alone(held, "held"), pytest.raises(InputError, match="another training is at work"):
+    with lock_folder(held, "held"), pytest.raises(InputError, match="another training is at work"):
         go(config(tmp_path, *again), resume=True)
     go(config(tmp_path, *again), resume=True)
     with pytest.raises(InputError, match="is finished"):
@@ -245,16 +248,16 @@ def outlive(ready):
 @pytest.mark.skipif(os.name == "nt", reason="no locks there")
 def test_a_loader_process_does_not_hold_the_folder(tmp_path):
     """One that outlives a killed training by some seconds would keep it from being resumed."""
-    with alone(tmp_path, "held"):
+    with lock_folder(tmp_path, "held"):
         fork = multiprocessing.get_context("fork")
         ready = fork.Event()
         child = fork.Process(target=outlive, args=(ready,))
         child.start()
         assert ready.wait(20)
-        with pytest.raises(InputError, match="held"), alone(tmp_path, "held"):
+        with pytest.raises(InputError, match="held"), lock_folder(tmp_path, "held"):
             pass
     try:
-        with alone(tmp_path, "held"):
+        with lock_folder(tmp_path, "held"):
             assert child.is_alive()
     finally:
         child.kill()

@@ -25,7 +25,7 @@ from PIL import Image
 
 from gsr.errors import InputError
 from gsr.io.image import READ_SUFFIXES, list_images, read_image
-from gsr.io.paths import usable
+from gsr.io.paths import check_path
 from gsr.metrics import SSIM_WINDOW, Protocol, as_protocol, check_size
 from gsr.ops.resize import imresize
 
@@ -63,7 +63,7 @@ def open_set(
     scales = check_scales(scales)
     if limit is not None and limit < 1:
         raise InputError(f"limit (--limit) must be at least 1, not {limit}")
-    folder = usable(folder)
+    folder = check_path(folder)
     name, hr_folder, lr_folder = folder.resolve().name, folder, folder / "LR_bicubic"
     if (folder / "HR").is_dir():
         hr_folder = folder / "HR"
@@ -116,7 +116,7 @@ def open_sets(
 
 def check_spared(option: str, path: Path, sets: Sequence[DataSet]) -> None:
     """Raise InputError if a file to write would replace an image of a set, or become one."""
-    exists, above = usable(path).exists(), (path.parent.resolve() / path.name).parents
+    exists, above = check_path(path).exists(), (path.parent.resolve() / path.name).parents
     is_image = path.suffix.lower() in READ_SUFFIXES
     for data in sets:
         own = (file for p in data.images for file in (p.hr, *p.lr.values()))

@@ -16,7 +16,7 @@ from typing import Any
 from gsr.data.fetch import SETS, download
 from gsr.data.tiles import FORMATS, Tiling, check, describe, prepare
 from gsr.errors import InputError
-from gsr.io.paths import as_json, make_folder, usable
+from gsr.io.paths import as_json, check_path, make_folder
 
 EPILOG = """\
 examples:
@@ -137,7 +137,7 @@ def _prepare(args: argparse.Namespace) -> None:
     if not (args.output or args.check):
         raise InputError("OUTPUT is missing: name a folder for the tiles, or only --check")
     if args.report is not None:  # refused before hours of work rather than after
-        file = usable(args.report)
+        file = check_path(args.report)
         if file.is_dir() or file.suffix.lower() != ".json":
             raise InputError(f"--report {file} must be a .json file; name one, such as report.json")
         make_folder(file.parent)

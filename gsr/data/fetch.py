@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from gsr import __version__
 from gsr.errors import InputError
-from gsr.io.paths import alone, usable
+from gsr.io.paths import check_path, lock_folder
 
 TRIES = 5  # in a row that bring nothing new
 TIMEOUT = 60  # seconds without a byte
@@ -155,14 +155,16 @@ def obtain(
         InputError: network trouble, a wrong checksum, a damaged or unsafe archive, an incomplete
             folder, a full disk, or another run at work in `output`.
     """
-    output, url = usable(output), url or source.url
+    output, url = check_path(output), url or source.url
     folder, archive = output / source.folder, output / source.file
     # Without a checksum nothing but the URL tells which file a part is of.
     kind = "" if checksum else f".{zlib.crc32(url.encode()):08x}"
     part = output / f"{source.file}{kind}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(output, f"another download is at work in {output}; wait until it has ended"):
+        with lock_folder(
+            output, f"another download is at work in {output}; wait until it has ended"
+        ):
             new = not os.path.lexists(folder)
             if new:
                 if source.file.endswith(".tar") and not hasattr(tarfile, "data_filter"):

@@ -228,7 +228,7 @@ class PatchDataset(Dataset):
             first = config.train if isinstance(config.train, str) else next(iter(config.train))
             folder = Path(config.cache_dir or Path(first) / CACHE_DIR)
             self.mapped = MappedPictures(folder, paths[:cached])
-        place, places = distributed.place()
+        place, places = distributed.local_rank()
         for i, path in enumerate(paths):
             if kind == "memory" and i < cached:  # each process has its own
                 self.memory[i] = read_image(path)
@@ -394,7 +394,7 @@ def make_loader(
 
     `workers` processes load them, by default as many as the dataset's config says.
     """
-    ranks = distributed.rank(), distributed.count()
+    ranks = distributed.rank(), distributed.world_size()
     c = dataset.config
     return DataLoader(
         dataset,

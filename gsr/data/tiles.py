@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gsr.errors import InputError
-from gsr.io.paths import alone, as_json, make_folder, usable
+from gsr.io.paths import as_json, check_path, lock_folder, make_folder
 
 FORMATS = ("png", "tiff", "bmp")  # those that gsr.io.image writes without loss
 REPORT = "prepare.json"
@@ -126,7 +126,7 @@ def prepare(
     from gsr.io.image import remove_left_over, write_atomic
 
     tiling = tiling or Tiling()
-    source, output = usable(source), usable(output)
+    source, output = check_path(source), check_path(output)
     a, b = source.resolve(), output.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise InputError(
@@ -150,7 +150,9 @@ def prepare(
         jobs.append((source / name, stem, tiling))
 
     make_folder(output)
-    with alone(output, f"another gsr data prepare is at work in {output}; wait until it has ended"):
+    with lock_folder(
+        output, f"another gsr data prepare is at work in {output}; wait until it has ended"
+    ):
         _refuse_foreign(output, image_of)
         for folder in {output, *(target.parent for target in image_of)}:
             make_folder(folder)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gsr.device import at_once, give_back, keep_pieces
+from gsr.device import at_once, keep_pieces, trim_malloc
 from gsr.errors import InputError
 from gsr.models.stream import Band, join
 
@@ -187,7 +187,7 @@ class StripRenderer:
                     if hasattr(self.model.encoder, "floats"):
                         # A deep network's many sizes of tensors leave the heap full of holes, and
                         # beside its arithmetic new pages cost nothing.
-                        give_back()
+                        trim_malloc()
             self._advance((stop - self.next) * self.lr_size[1], 0)
             self.next = stop
             self.held = self.held if band is None else join(self.held, band)

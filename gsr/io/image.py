@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from gsr.errors import InputError
-from gsr.io.paths import check_takes_files, usable
+from gsr.io.paths import check_path, check_takes_files
 
 # What is read when a folder is searched, and how each suffix is written.
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
@@ -45,7 +45,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     frame. Raises InputError if there is no such file, it is no image, it is cut short or
     damaged, or it claims more pixels than Pillow's decompression-bomb limit allows.
     """
-    path = usable(path)
+    path = check_path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
     if path.is_dir():
@@ -181,7 +181,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
     is a file, or holds no image.
     """
-    folder = usable(folder)
+    folder = check_path(folder)
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder")
     if not folder.is_dir():
@@ -215,7 +215,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
     Checks the suffix, that the folder exists and takes new files, and that path is no folder.
     """
-    path = usable(path)
+    path = check_path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the image file to write")
     _format(path)

@@ -13,7 +13,7 @@ from typing import Any
 from gsr.errors import InputError
 
 
-def usable(path: str | os.PathLike) -> Path:
+def check_path(path: str | os.PathLike) -> Path:
     """The path, whether or not anything is there; its `exists` and `is_dir` do not raise then.
 
     Raises InputError if the operating system refuses it: a name that is too long, a folder on the
@@ -32,7 +32,7 @@ def usable(path: str | os.PathLike) -> Path:
 
 def make_folder(folder: str | os.PathLike) -> Path:
     """Make a folder, and those above it, unless it is there; InputError if it takes no files."""
-    folder = usable(folder)
+    folder = check_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,7 +68,7 @@ _held: list[int] = []  # handles of the folders that are held
 
 
 @contextmanager
-def alone(folder: Path, refusal: str) -> Iterator[None]:
+def lock_folder(folder: Path, refusal: str) -> Iterator[None]:
     """Hold a folder against other runs, where the system has such locks; a kill releases it.
 
     Raises InputError with the sentence `refusal` if another run holds it.

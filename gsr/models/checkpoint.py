@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gsr.config import ModelConfig, from_dict, to_dict
 from gsr.errors import InputError
-from gsr.io.paths import make_folder, usable
+from gsr.io.paths import check_path, make_folder
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -64,7 +64,7 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
     InputError if something is missing, damaged, of an unknown format, or if the tensors are not
     exactly those that the config calls for.
     """
-    path = usable(path)
+    path = check_path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such model; name a model folder or a .pth file")
     if path.is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
-from gsr.device import product_type
+from gsr.device import autocast_dtype
 from gsr.errors import InputError
 from gsr.models.heads.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
@@ -178,7 +178,7 @@ class BankHead(nn.Module):
         Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
         """
         device = encoded.features.device.type
-        dtype = product_type(device) or torch.float32
+        dtype = autocast_dtype(device) or torch.float32
         with torch.autocast(device, enabled=False):
             out = self._render(encoded, size, scale, rows, band, shared, dtype)
             return self.decoder.over(out, encoded.base, size, rows, band)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
-from gsr.device import product_type
+from gsr.device import autocast_dtype
 from gsr.models.heads.decoder import FourierDecoder, neighbourhoods
 from gsr.ops import rows_needed
 from gsr.ops.resize import bicubic_rows
@@ -62,7 +62,7 @@ class BicubicHead(nn.Module):
             return nothing, bicubic_rows(features, size[0], (first, last), band)
 
         lr_size, device = (h if band is None else band[1], w), features.device.type
-        dtype = product_type(device) or torch.float32
+        dtype = autocast_dtype(device) or torch.float32
         with torch.autocast(device, enabled=False):
             out = self.decoder.render(strip, 0, b, lr_size, size, rows, dtype)
             return self.decoder.over(out, encoded.base, size, rows, band)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import DecoderConfig
-from gsr.device import at_once, each
+from gsr.device import at_once, threaded_map
 from gsr.ops.resize import bicubic, bicubic_at, cubic
 
 STRIP = 2**11  # HR pixels that a thread decodes at a time: 4 MB of waves, which stay in the cache
@@ -167,7 +167,7 @@ class FourierDecoder(nn.Module):
         alone = weight.device.type == "cpu" and "rgb" not in vars(self)
         threads = torch.get_num_threads() if alone and not torch.is_grad_enabled() else 1
         blocks = threads * math.ceil((last - first) / (threads * AT_ONCE * step))
-        each(decode, _equal(first, last, blocks), threads)
+        threaded_map(decode, _equal(first, last, blocks), threads)
         return out
 
     def query(

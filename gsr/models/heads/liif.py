@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import LIIFConfig, ModelConfig
-from gsr.device import at_once, each, product_type
+from gsr.device import at_once, autocast_dtype, threaded_map
 from gsr.models.heads.decoder import QUERIES, affine, relative_cell
 from gsr.ops import rows_needed
 
@@ -93,7 +93,7 @@ class EnsembleHead(nn.Module):
         Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
         """
         device = encoded[0].device.type
-        dtype = product_type(device)
+        dtype = autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return self._render(encoded, size, rows, band, dtype)
 
@@ -123,7 +123,7 @@ class EnsembleHead(nn.Module):
         alone = device.type == "cpu" and "rgb" not in vars(self.decoder)
         threads = torch.get_num_threads() if alone and not torch.is_grad_enabled() else 1
         pixels = at_once(PIXELS, encoded[0])
-        each(decode, _parts(b, (first, last), size[1], pixels), threads)
+        threaded_map(decode, _parts(b, (first, last), size[1], pixels), threads)
         return out
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
