@@ -5,7 +5,7 @@
 They are made from reports of evaluate.py in bench/results/models: `clean.json`, and one
 `jpeg-QUALITY.json` for every JPEG quality:
 
-    python evaluate.py --checkpoint lite photo --data Set5 Set14 B100 --scale 2 3 4 6 8 \
+    python evaluate.py --checkpoint lite photo --data Set5 Set14 B100 --scale 2 3 4 \
         --output bench/results/models/clean.json
     python evaluate.py --checkpoint lite photo --data B100 --scale 2 4 --jpeg 75 \
         --output bench/results/models/jpeg-75.json
