@@ -12,6 +12,8 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.request
+import urllib.response
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +206,7 @@ def test_a_part_from_elsewhere_is_not_resumed_without_checksum(server, valid, tm
     assert server.asked == [None] and contents(tmp_path) == PLACED
 
 
-def test_failures_that_last(server, valid, tmp_path):
+def test_failures_that_last(server, valid, tmp_path, monkeypatch):
     server.faults = [HALF] + [503] * 99
     with pytest.raises(InputError, match="v.zip cannot be downloaded .*503.* run again to resume"):
         obtain(valid, tmp_path)
@@ -214,6 +216,11 @@ def test_failures_that_last(server, valid, tmp_path):
         obtain(valid, tmp_path, f"{server.url}/none")
     server.location, server.faults = "file:///etc/hostname", [302] * 9
     with pytest.raises(InputError, match="302"):
+        obtain(valid, tmp_path)
+    server.location, server.faults = "ftp://127.0.0.1/v.zip", [302]
+    found = urllib.response.addinfourl(io.BytesIO(DATA), {}, server.location)
+    monkeypatch.setattr(urllib.request.FTPHandler, "ftp_open", lambda *_: found)
+    with pytest.raises(InputError, match="leads to ftp://.*, which is not HTTP: name a mirror"):
         obtain(valid, tmp_path)
     with pytest.raises(InputError, match="refused.* run again"):
         obtain(valid, tmp_path, "http://127.0.0.1:9/v.zip")  # where nothing listens
@@ -359,6 +366,22 @@ def test_wrapping_folders_do_not_matter(server, tmp_path, prefix):
     assert [path.name for path in found] == ["0801x2.png", "0802x2.png", "0803x2.png"]
 
 
+@pytest.mark.parametrize("prefix", ["Flickr2K/Flickr2K_HR/", "Flickr2K/", ""])
+def test_a_mirror_without_the_subfolder(server, tmp_path, prefix):
+    data = server.files["/f"] = make_zip({f"{prefix}{i}.png": png(i) for i in range(3)})
+    images = {"Flickr2K_HR": 3}
+    obtain(Source("f.tar", f"{server.url}/f", "Flickr2K", images, checksum(data)), tmp_path)
+    assert len(list_images(tmp_path / "Flickr2K/Flickr2K_HR")) == 3
+    assert os.listdir(tmp_path) == ["Flickr2K"]
+
+
+def test_images_beside_a_folder_do_not_wrap_it(server, valid, tmp_path):
+    files = {"a.png": png(), **{f"small/{i}.png": png(i) for i in range(3)}}
+    server.files["/v.zip"] = make_zip(files)
+    with pytest.raises(InputError, match="unpacks to 1 images in DIV2K.*instead of 3"):
+        obtain(valid, tmp_path, checksum=False)
+
+
 def test_benchmark_sets(server, tmp_path):
     data = server.files["/b.tar"] = make_tar({
         f"benchmark/{name}/{file}.png": png(size=size)
@@ -407,7 +430,7 @@ def test_restart_after_kill(server, valid, tmp_path, how):
     server.hang.set()
     have = part(valid, tmp_path).stat().st_size
     assert 0 < have <= HALF and not (tmp_path / valid.folder).exists()
-    left = tmp_path / "DIV2K/.DIV2K_valid_HR.gsr-tmp/DIV2K_valid_HR"
+    left = tmp_path / "DIV2K/.DIV2K_valid_HR.gsr-tmp/archive/DIV2K_valid_HR"
     left.mkdir(parents=True)
     (left / "0809.png").write_bytes(b"half an ima")
 

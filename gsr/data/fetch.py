@@ -229,6 +229,10 @@ def _transfer(url: str, part: Path, size: int | None, progress: bool) -> None:
     headers = {"User-Agent": f"gsr/{__version__}"} | ({"Range": f"bytes={have}-"} if have else {})
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if not isinstance(answer, http.client.HTTPResponse):  # urllib follows redirects to ftp
+            raise InputError(
+                f"{url} leads to {answer.url}, which is not HTTP: name a mirror by --url"
+            )
         if answer.status != 206:  # the server sends the whole file instead of the rest
             have = 0
         total = size if answer.length is None else have + answer.length
@@ -268,7 +272,7 @@ def _verify(path: Path, checksum: str, downloaded: bool) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive into a new folder.
+    """Unpack a zip or tar archive into an empty folder.
 
     Raises:
         InputError: the archive is damaged, or holds a link, a device or a path that leads out of
@@ -305,18 +309,32 @@ def _plain_file(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
 
 def _place(archive: Path, folder: Path, source: Source) -> None:
     """Unpack an archive beside a folder, and rename what holds its images to that folder."""
-    top = temporary = folder.with_name(f".{folder.name}.gsr-tmp")
+    temporary = folder.with_name(f".{folder.name}.gsr-tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    top = temporary / "archive"
     try:
-        unpack(archive, temporary)
-        while missing := _missing(top, source):  # it may be wrapped in folders of any name
-            inside = [path for path in top.iterdir() if path.is_dir() and path.name != "__MACOSX"]
-            if len(inside) != 1:
+        top.mkdir(parents=True)
+        unpack(archive, top)
+        while missing := _missing(top, source):
+            if list(source.images.values()) == [_count(top)]:
+                # A mirror may have the images of the one subfolder without the subfolder.
+                whole = temporary / "whole"
+                inner = whole / next(iter(source.images))
+                inner.parent.mkdir(parents=True)
+                top.rename(inner)
+                top = whole
+                continue
+            # Folders of any name may wrap what is looked for, but then hold no images themselves.
+            folders = [path for path in top.glob("[!.]*") if path.is_dir()]
+            inside = [path for path in folders if path.name != "__MACOSX"]
+            if len(inside) != 1 or _count(top):
                 raise InputError(
                     f"{archive} unpacks to {missing}: remove it and run again, or name a mirror "
                     "by --url"
                 )
             top = inside[0]
+        if hasattr(os, "sync"):  # a power cut must not leave the name without the images
+            os.sync()
         top.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -324,14 +342,18 @@ def _place(archive: Path, folder: Path, source: Source) -> None:
 
 def _missing(folder: Path, source: Source) -> str:
     """Say which subfolder has another number of images than it should; "" if none has."""
-    from gsr.io.image import READ_SUFFIXES
-
     for name, count in source.images.items():
-        paths = (folder / name).glob("[!.]*")
-        found = sum(path.suffix.lower() in READ_SUFFIXES for path in paths)
+        found = _count(folder / name)
         if found != count:
             return f"{found} images in {Path(source.folder, name)} instead of {count}"
     return ""
+
+
+def _count(folder: Path) -> int:
+    """Return the number of images in a folder, without its subfolders and hidden files."""
+    from gsr.io.image import READ_SUFFIXES
+
+    return sum(path.suffix.lower() in READ_SUFFIXES for path in folder.glob("[!.]*"))
 
 
 def _length(path: Path) -> int:
