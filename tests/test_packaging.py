@@ -188,8 +188,11 @@ def source(tmp_path_factory):
 PROBE = """
 import sys, site
 if sys.argv[2:]:
-    # The environment may have an editable install of its own, whose finder would come first.
+    # The environment may have an editable install of its own, whose finder, of the same name, would
+    # come first.
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+    for name in [name for name in sys.modules if "editable" in name]: del sys.modules[name]
+    sys.path.insert(0, sys.argv[2])
     site.addsitedir(sys.argv[2])  # an editable install works through a .pth file
 import gsr, gsr.kernels.probe, gsr.models, gsr.cli
 print(gsr.__file__, gsr.kernels.probe.__file__)
