@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,9 @@ class Method:
 
     def run(self, folder: Path, seed: int) -> Config:
         """The config of one run."""
-        train = replace(self.config.train, seed=seed)
-        return check(
-            replace(self.config, name=f"{self.name}-seed{seed}", output=str(folder), train=train)
-        )
+        train = self.config.train.model_copy(update={"seed": seed})
+        own = {"name": f"{self.name}-seed{seed}", "output": str(folder), "train": train}
+        return check(self.config.model_copy(update=own))
 
 
 def read_methods(
@@ -95,14 +94,14 @@ def read_methods(
     methods = []
     for file in files:
         c = load_config(file)
-        train = {"steps": steps, "device": device, "threads": threads}
-        train = replace(c.train, **{k: v for k, v in train.items() if v is not None})
-        pictures = c.data
+        for key, value in {"steps": steps, "device": device, "threads": threads}.items():
+            if value is not None:
+                setattr(c.train, key, value)
         if data is not None:
-            pictures = replace(pictures, train=str(data), val=None)
+            c.data.train, c.data.val = str(data), None
         if val is not None:
-            pictures = replace(pictures, val=str(val))
-        methods.append(Method(str(file), check(replace(c, train=train, data=pictures))))
+            c.data.val = str(val)
+        methods.append(Method(str(file), check(c)))
     for i, method in enumerate(methods):
         if method.name == "bicubic":
             raise InputError(

@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,9 @@ def begun_with(folder: Path) -> Config:
     key when it was written.
     """
     config, saved = load_config(folder / "config.yaml"), folder / "model" / "config.json"
-    return replace(config, model=read_config(saved)) if saved.exists() else config
+    if saved.exists():
+        config.model = read_config(saved)
+    return config
 
 
 def different_keys(a: Config | ModelConfig, b: Config | ModelConfig) -> list[str]:
