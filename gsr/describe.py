@@ -8,12 +8,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from gsr.config import to_dict
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -30,7 +31,7 @@ def describe_model(model: GaussianSR, checkpoint: str) -> dict[str, Any]:
         "mode": model.config.mode,
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": digest.hexdigest(),
-        "config": asdict(model.config),
+        "config": to_dict(model.config),
     }
 
 

@@ -102,7 +102,7 @@ def test_any_step_again(folder):
 @pytest.mark.parametrize(
     "other",
     [
-        {"workers": 2, "cache": "none"}, {"cache": True}, {"cache": False},
+        {"workers": 2, "cache": "none"}, {"cache": "memory"},
         {"workers": 2, "cache": "mmap"}, {"cache": "mmap", "cache_budget": "13kB"},
         {"cache_budget": "0B"},
     ],
@@ -331,7 +331,7 @@ def test_validation_pictures(folder, tmp_path):
 def test_a_bad_picture_is_found_before_training(folder):
     data = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(data[: len(data) // 2])
-    c = config(folder, cache=False)
+    c = config(folder, cache="none")
     with pytest.raises(InputError, match="1.png"):
         PatchDataset(split_images(c)[0], c)
 

@@ -1,7 +1,5 @@
 """The `field` head: a continuous field that depends on nothing it should not; the bank it uses."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -354,9 +352,10 @@ def test_a_gaussian_ends_with_its_window(window):
 @pytest.mark.parametrize("mode", ["field", "bicubic"])
 def test_a_skip_connection_adds_the_bicubic_enlargement(mode):
     plain = make(window=3)
-    config = replace(plain.config, mode=mode)
+    config = plain.config.model_copy(update={"mode": mode}, deep=True)
     without = GaussianSR(config).eval()
-    added = GaussianSR(replace(config, decoder=replace(config.decoder, skip=True))).eval()
+    config.decoder.skip = True
+    added = GaussianSR(config).eval()
     for model in (without, added):
         model.load_state_dict(plain.state_dict(), strict=mode == "field")
     lr, size = picture(b=2), (31, 25)

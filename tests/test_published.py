@@ -276,9 +276,9 @@ def test_arguments_that_do_not_fit(content, tmp_path, key, value):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"kernel_size": 1}, "bank.kernel_size must be from 2 to 99, not 1"),
+        ({"kernel_size": 1}, "bank.kernel_size must be at least 2, not 1"),
         ({"unfold_row": 8, "unfold_column": 8}, "bank.window must be odd and from 3 to 99, not 8"),
-        ({"res_scale": 0}, "encoder.res_scale must be above 0, not 0.0"),
+        ({"res_scale": 0}, "encoder.res_scale must be above 0, not 0"),
         ({"res_scale": -1.0}, "encoder.res_scale must be above 0, not -1.0"),
         ({"res_scale": float("nan")}, "encoder.res_scale must be a finite number, not nan"),
         ({"res_scale": 10**400}, "encoder.res_scale must be a finite number"),

@@ -222,7 +222,7 @@ class PatchDataset(Dataset):
         paths = self.paths
         self.memory: dict[int, np.ndarray] = {}
         self.mapped: MappedPictures | None = None
-        kind = {True: "memory", False: "none"}.get(config.cache, config.cache)
+        kind = config.cache
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
             first = config.train if isinstance(config.train, str) else next(iter(config.train))

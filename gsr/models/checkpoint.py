@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsr.config import ModelConfig, from_dict, to_dict
+from gsr.config import ModelConfig, Section, from_dict, to_dict
 from gsr.errors import InputError
 from gsr.io.paths import check_path, make_folder
 
@@ -26,12 +25,11 @@ BUNDLED = {"lite": _WEIGHTS / "gsr-lite", "photo": _WEIGHTS / "gsr-photo"}
 _FILES = ("model.safetensors", "README.md", "config.json")  # the config last: it makes the folder
 
 
-@dataclass
-class _File:
+class _File(Section):
     """What config.json holds."""
 
     format: int = FORMAT
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = ModelConfig()
 
 
 def load(path: str | os.PathLike | None = None) -> GaussianSR:
