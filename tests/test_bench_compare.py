@@ -302,7 +302,7 @@ def plan(configs, *more):
 
 
 def test_what_may_differ(tmp_path):
-    same = {"data__cache": False, "train__log_every": 7, "train__seed": 9,
+    same = {"data__cache": "none", "train__log_every": 7, "train__seed": 9,
             "train__gamma": 0.1, "train__epochs": 3}  # fmt: skip
     assert compare.differences(plan(both(tmp_path, **same))) == []
     # What the arguments name is the same everywhere.
