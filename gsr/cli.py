@@ -19,9 +19,6 @@ from typing import Any
 from gsr import __version__
 from gsr.errors import InputError
 
-LARGE = 4_000_000  # pixels of a result from which it may take long
-LONG = 10  # seconds from which that is said before
-
 EPILOG = """\
 examples:
   gsr upscale photo.jpg -o large.png --scale 3.7
@@ -179,7 +176,6 @@ def _upscale(args: argparse.Namespace) -> None:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
     from gsr.device import select_device, set_threads
-    from gsr.inference.strips import estimate
     from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
     from gsr.io.image import (
         check_format,
@@ -237,11 +233,6 @@ def _upscale(args: argparse.Namespace) -> None:
         options = (
             args.scale, args.size, model, progress, limit, args.max_memory, args.precision
         )  # fmt: skip
-        if not args.quiet and width * height >= LARGE:
-            shape = image.height, image.width
-            seconds = estimate(model, shape, (height, width), args.precision)
-            if seconds >= LONG:
-                print(f"{photo} takes about {_duration(seconds)}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         streamed = output.suffix.lower() == ".png" and comparison is None
         try:
@@ -269,13 +260,6 @@ def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
     if lossy:
         return "photo", f", by gsr-photo ({lossy})"
     return "lite", ", by gsr-lite (no lossy compression)"
-
-
-def _duration(seconds: float) -> str:
-    """ "40 s", "3 min" or "1.5 h"."""
-    if seconds < 90:
-        return f"{round(seconds, -1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _outputs(photos: list[Path], output: str) -> list[Path]:

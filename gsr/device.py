@@ -55,7 +55,7 @@ def threaded_map(function: Callable[[Any], None], items: Iterable, threads: int)
     nobody waits between small steps, where PyTorch's own threads meet after every step, and spin
     while other code runs.
     """
-    if threads == 1:
+    if threads <= 1:
         for item in items:
             function(item)
         return
@@ -91,6 +91,14 @@ def threaded_map(function: Callable[[Any], None], items: Iterable, threads: int)
 def at_once(pixels: int, like: torch.Tensor) -> int:
     """So many pixels, chosen for the caches of a CPU, or more where like's device has none such."""
     return pixels if like.device.type == "cpu" else 16 * pixels
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16; without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

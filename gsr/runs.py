@@ -32,6 +32,7 @@ from torch import Tensor
 from gsr import distributed
 from gsr.config import Config, ModelConfig, load_config, to_dict
 from gsr.data.patches import downscale
+from gsr.device import has_fast_bf16
 from gsr.errors import InputError
 from gsr.io.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
 from gsr.io.paths import check_path, lock_folder, make_folder
@@ -209,6 +210,7 @@ class Run:
         """Log the metrics of `validate` and a crop; write `best` if they are the best so far."""
         metrics = validate(model, pairs)
         self.log("val", step, **metrics)
+        model.bf16_loss = bf16_loss(model, pairs, metrics)
         show(self.board, model, next(pair for pair in pairs if pair[0] == SHOWN_SCALE), step)
         if metrics["psnr"] > self.best:
             self.best = metrics["psnr"]
@@ -324,6 +326,23 @@ def validate(model: GaussianSR, pairs: Iterable[tuple[int, Tensor, Tensor]]) -> 
     model.train()
     means = {f"x{scale}": sum(v) / len(v) for scale, v in values.items()}
     return {"psnr": sum(means.values()) / len(means), **means}
+
+
+def bf16_loss(
+    model: GaussianSR,
+    pairs: Iterable[tuple[int, Tensor, Tensor]],
+    metrics: dict[str, float],
+) -> float | None:
+    """How many dB below `metrics` bf16 is, at the scale where it costs most.
+
+    None where the device is slow in bf16: measuring would be slow too, and serve nobody there.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not has_fast_bf16(device):
+        return None
+    with torch.autocast(device.type, torch.bfloat16):
+        lossy = validate(model, pairs)
+    return round(max(metrics[key] - lossy[key] for key in metrics), 5)
 
 
 @torch.inference_mode()

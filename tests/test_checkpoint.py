@@ -42,8 +42,11 @@ def edit_tensors(folder, change):
 
 
 def test_round_trip(folder, tiny_model):
+    tiny_model.bf16_loss = 0.003
+    save_model(folder, tiny_model)
     model = gsr.load(folder)
     assert isinstance(model, gsr.GaussianSR) and not model.training
+    assert model.bf16_loss == 0.003
     assert model.config == tiny_model.config
     for (name, want), (other, have) in zip(
         tiny_model.state_dict().items(), model.state_dict().items(), strict=True
@@ -58,7 +61,8 @@ def test_round_trip(folder, tiny_model):
         "model.safetensors",
     ]
     assert json.loads((folder / "config.json").read_text()) == {
-        "format": 3,
+        "format": 4,
+        "bf16_loss": 0.003,
         "model": to_dict(tiny_model.config),
     }
 
@@ -95,7 +99,7 @@ def test_missing(tmp_path, folder):
 def test_configs_are_read_strictly(folder):
     original = (folder / "config.json").read_text()
     cases = [
-        (lambda c: c.update(format=4), "reads formats up to 3"),
+        (lambda c: c.update(format=5), "reads formats up to 4"),
         (lambda c: c.pop("format"), "has format None"),
         (lambda c: c.pop("model"), "has no key model"),
         (lambda c: c["model"].update(mood=1), "model.mood is not a key; did you mean model.mode?"),

@@ -62,17 +62,6 @@ def test_quiet(here, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_long_run_is_announced(here, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LARGE", 1)
-    for seconds, text in ((9, ""), (12, "about 10 s\n"), (200, "about 3 min\n"), (9e3, "2.5 h\n")):
-        monkeypatch.setattr("gsr.inference.strips.estimate", lambda *args, seconds=seconds: seconds)
-        upscale("-o", "out.png", "--scale", "2")
-        said = capsys.readouterr().err
-        assert said.endswith(text) and bool(said) == bool(text)
-    upscale("-o", "out.png", "--scale", "2", "-q")
-    assert capsys.readouterr().err == ""
-
-
 def test_compare(here, picture):
     upscale("-o", "out.png", "--scale", "4", "--compare", "both.png")
     both, large = read_image("both.png"), read_image("out.png")

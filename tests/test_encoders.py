@@ -16,7 +16,7 @@ from gsr.models import GaussianSR
 from gsr.models.checkpoint import save_model
 from gsr.models.encoders.swinir import reflected
 from gsr.models.registry import ENCODERS, make_encoder
-from gsr.models.stream import Band, Chain, Convolution, Dense, Residual
+from gsr.models.stream import Band, Chain, Convolution, Residual, StreamedDenseBlock
 
 SMALL = {
     "edsr": EncoderConfig("edsr", n_feats=6, n_blocks=2),
@@ -238,9 +238,9 @@ def feed(stream, lr, edges):
         parts += [stream.feed(None, True)] if end == h else []
         assert torch.equal(given, lr[..., first:end, :])  # what was lent is as it was
         for band in (part for part in parts if part is not None):
-            assert not rows or band.first == max(rows) + 1
+            assert not rows or band.start == max(rows) + 1
             rows |= {
-                i: band.tensors[0][..., i - band.first, :] for i in range(band.first, band.end)
+                i: band.tensors[0][..., i - band.start, :] for i in range(band.start, band.stop)
             }
     return rows
 
@@ -314,7 +314,7 @@ def test_dense_convolutions(seed):
     def residual(conv):
         return Residual(Convolution(conv, torch.tanh), lambda x, y: (torch.cat((*x, *y), 1),))
 
-    rows = feed(Dense(convs, torch.tanh), lr, [start, *cuts, h])
+    rows = feed(StreamedDenseBlock(convs, torch.tanh), lr, [start, *cuts, h])
     want = feed(Chain(*map(residual, convs)), lr, [start, *cuts, h])
     assert rows.keys() == want.keys() and len(rows) > 0
     for i, row in rows.items():

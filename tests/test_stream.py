@@ -46,9 +46,9 @@ def feed(stream, picture, edges, start=0):
         band = stream.feed(Band(first, (given,)), last)
         assert torch.equal(given, picture[..., first:end, :])  # what was lent is as it was
         if band is not None:
-            assert not rows or band.first == max(rows) + 1
+            assert not rows or band.start == max(rows) + 1
             rows |= {
-                band.first + i: band.tensors[0][..., i, :] for i in range(band.end - band.first)
+                band.start + i: band.tensors[0][..., i, :] for i in range(band.stop - band.start)
             }
     return rows
 

@@ -18,7 +18,7 @@ from gsr.io.paths import check_path, make_folder
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-FORMAT = 3  # of config.json; raised when older code could not read it any more
+FORMAT = 4  # of config.json; raised when older code could not read it any more
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 # The models that ship: for lossless images, and for lossy or noisy ones.
 BUNDLED = {"lite": _WEIGHTS / "gsr-lite", "photo": _WEIGHTS / "gsr-photo"}
@@ -30,6 +30,7 @@ class _File(Section):
 
     format: int = FORMAT
     model: ModelConfig = ModelConfig()
+    bf16_loss: float | None = None  # dB of PSNR that bf16 was measured to cost
 
 
 def load(path: str | os.PathLike | None = None) -> GaussianSR:
@@ -74,9 +75,12 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
         from gsr.models.published import load_published
 
         return load_published(path)
-    config = read_config(path / "config.json")
+    content = _read_config(path / "config.json")
     tensors = _read_tensors(path / "model.safetensors")
-    return assemble(config, tensors, f"{path / 'model.safetensors'} does not fit its config.json")
+    refusal = f"{path / 'model.safetensors'} does not fit its config.json"
+    model = assemble(content.model, tensors, refusal)
+    model.bf16_loss = content.bf16_loss
+    return model
 
 
 def assemble(
@@ -129,7 +133,10 @@ def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None 
     folder = make_folder(folder)
     # contiguous: weights may be channels_last, which a safetensors file cannot say.
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    config = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2) + "\n"
+    content = {
+        "format": FORMAT, "bf16_loss": model.bf16_loss, "model": to_dict(model.config)
+    }  # fmt: skip
+    config = json.dumps(content, indent=2) + "\n"
     contents = {
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
         "config.json": config.encode(),
@@ -153,8 +160,8 @@ def _card(model: GaussianSR) -> str:
     )
 
 
-def read_config(path: Path) -> ModelConfig:
-    """What a model folder's config.json describes; InputError if it does not."""
+def _read_config(path: Path) -> _File:
+    """What a model folder's config.json says; InputError if it is no description of a model."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,15 +178,15 @@ def read_config(path: Path) -> ModelConfig:
     if "model" not in content:
         raise InputError(f"{path} has no key model")
     try:
-        model = from_dict(_File, content).model
+        file = from_dict(_File, content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     # What older files do not say was a constant when they were written.
     if content["format"] < 2:
-        model.direct.reach = 0.75
+        file.model.direct.reach = 0.75
     if content["format"] < 3:
-        model.direct.activation = "relu"
-    return model
+        file.model.direct.activation = "relu"
+    return file
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class GaussianSR(nn.Module):
         self.config = check(config or ModelConfig())
         self.encoder = make_encoder(self.config.encoder)
         self.head = make_head(self.config)
+        # dB of PSNR that bf16 costs, where it was measured; a model folder keeps it.
+        self.bf16_loss: float | None = None
 
     @property
     def halo(self) -> int:

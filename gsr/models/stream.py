@@ -6,7 +6,7 @@ computed twice, and the result is that of the whole image.
 
     stream = Chain(Convolution(conv), Skip(Layer(block, 2)))
     out = stream.feed(Band(0, (rows,)), last=False)
-    end = stream.feed(None, last=True)
+    rest = stream.feed(None, last=True)
 
 A node is made for one image, fed from top to bottom without gradients, and thrown away. It may
 start below the image's top: rows that depend on what is above then never come out.
@@ -23,41 +23,45 @@ from torch import Tensor, nn
 
 
 class Band(NamedTuple):
-    """Rows first ... of an image, in a tuple, named or not, of tensors [B, ..., rows, w]."""
+    """Rows from `start` on of an image: a tuple, named or not, of tensors [B, ..., rows, w]."""
 
-    first: int
+    start: int
     tensors: tuple[Tensor, ...]
 
     @property
-    def end(self) -> int:
-        return self.first + self.tensors[0].shape[-2]
+    def stop(self) -> int:
+        return self.start + self.tensors[0].shape[-2]
 
-    def rows(self, first: int, end: int) -> Band:
-        """Those from first to end - 1, as views."""
-        part = slice(first - self.first, end - self.first)
-        return Band(first, _like(self.tensors, (t[..., part, :] for t in self.tensors)))
+    def rows(self, start: int, stop: int) -> Band:
+        """Rows start to stop, as views."""
+        part = slice(start - self.start, stop - self.start)
+        return Band(start, self.map(lambda t: t[..., part, :]).tensors)
 
-    def kept(self, first: int, memory: Band | None) -> Band:
-        """Those from first on, in memory of their own: a view would hold on to all the others.
+    def map(self, function: Callable[[Tensor], Tensor]) -> Band:
+        """The same rows of function(tensor) for every tensor."""
+        return Band(self.start, _like(self.tensors, (function(t) for t in self.tensors)))
+
+    def tail(self, start: int, memory: Band | None) -> Band:
+        """Rows from `start` on, copied: a view would keep all the others in memory.
 
         It is that of the last time, if that fits. New pieces between the large tensors that come
         and go would leave the heap full of holes, none of which is large enough for the next.
         """
-        new = self.rows(first, self.end).tensors
+        new = self.rows(start, self.stop).tensors
         old = memory.tensors if memory else ()
         if [t.shape for t in old] == [t.shape for t in new]:
             for to, t in zip(old, new, strict=True):
                 to.copy_(t)
-            return Band(first, memory.tensors)
-        return Band(first, _like(new, (t.clone() for t in new)))
+            return Band(start, memory.tensors)
+        return Band(start, _like(new, (t.clone() for t in new)))
 
 
 def join(upper: Band | None, lower: Band | None) -> Band | None:
     """One band of two that follow each other; None is a band without rows."""
-    if upper is None or lower is None or upper.end == upper.first:
+    if upper is None or lower is None or upper.stop == upper.start:
         return upper if lower is None else lower
     pairs = zip(upper.tensors, lower.tensors, strict=True)
-    return Band(upper.first, _like(lower.tensors, (torch.cat(pair, dim=-2) for pair in pairs)))
+    return Band(upper.start, _like(lower.tensors, (torch.cat(pair, dim=-2) for pair in pairs)))
 
 
 def _like(tensors: tuple, others: Iterable[Tensor]) -> tuple:
@@ -65,7 +69,7 @@ def _like(tensors: tuple, others: Iterable[Tensor]) -> tuple:
     return type(tensors)._make(others) if hasattr(tensors, "_make") else tuple(others)
 
 
-class Waiting:
+class RowBuffer:
     """The rows that a node still needs."""
 
     def __init__(self):
@@ -77,9 +81,9 @@ class Waiting:
         self.band = join(self.band, band)
         return self.band
 
-    def keep(self, first: int, last: bool) -> None:
-        """Those from first on; none if these were the last."""
-        self.band = self._own = None if last else self.band.kept(first, self._own)
+    def keep(self, start: int, last: bool) -> None:
+        """Keep the rows from `start` on; none if these were the last."""
+        self.band = self._own = None if last else self.band.tail(start, self._own)
 
 
 class Layer:
@@ -92,22 +96,22 @@ class Layer:
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], reach: int):
         self.function, self.reach = function, reach
-        self.held = Waiting()
+        self.held = RowBuffer()
         self.next = -1  # the next row to come out
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         """The rows that can be told from what has come until now, if any."""
         if self.held.band is None and band is not None:
             # At the image's own top the function's padding is right.
-            self.next = band.first + self.reach if band.first else 0
+            self.next = band.start + self.reach if band.start else 0
         x = self.held.add(band)
-        end = 0 if x is None else x.end if last else x.end - self.reach
-        if end <= self.next:
+        stop = 0 if x is None else x.stop if last else x.stop - self.reach
+        if stop <= self.next:
             return None
         y = self.function(*x.tensors)
-        y = Band(x.first, y if isinstance(y, tuple) else (y,)).rows(self.next, end)
-        self.held.keep(max(x.first, end - self.reach), last)
-        self.next = end
+        y = Band(x.start, y if isinstance(y, tuple) else (y,)).rows(self.next, stop)
+        self.held.keep(max(x.start, stop - self.reach), last)
+        self.next = stop
         return y
 
 
@@ -120,26 +124,26 @@ class Convolution:
 
     def __init__(self, conv: nn.Conv2d, after: Callable[[Tensor], Tensor] | None = None):
         self.conv, self.after, self.reach = conv, after, conv.padding[0]
-        self.held = Waiting()
+        self.held = RowBuffer()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        above = self.reach if self.held.band is None and band is not None and not band.first else 0
+        above = self.reach if self.held.band is None and band is not None and not band.start else 0
         x = self.held.add(band)
         if x is None:
             return None
         if above or last:
             zeros = (0, 0, above, self.reach if last else 0)
-            x = self.held.band = Band(x.first - above, (F.pad(x.tensors[0], zeros),))
-        if x.end - x.first <= 2 * self.reach:
+            x = self.held.band = Band(x.start - above, (F.pad(x.tensors[0], zeros),))
+        if x.stop - x.start <= 2 * self.reach:
             return None
         conv = self.conv
         y = F.conv2d(x.tensors[0], conv.weight, conv.bias, padding=(0, conv.padding[1]))
-        y = Band(x.first + self.reach, (y if self.after is None else self.after(y),))
-        self.held.keep(x.end - 2 * self.reach, last)
+        y = Band(x.start + self.reach, (y if self.after is None else self.after(y),))
+        self.held.keep(x.stop - 2 * self.reach, last)
         return y
 
 
-Node = "Layer | Convolution | Chain | Residual | Skip | Dense"
+Node = "Layer | Convolution | Chain | Residual | Skip | StreamedDenseBlock"
 
 
 class Chain:
@@ -154,28 +158,32 @@ class Chain:
         self.height = 0  # of the highest band before the last
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        if band is not None and not last:
-            self.height = max(self.height, band.end - band.first)
-        return self._feed(self.nodes, band, last)
+        if last:
+            return self._feed(self.nodes, band, last)
+        if band is not None:
+            self.height = max(self.height, band.stop - band.start)
+        for node in self.nodes:  # each band is forgotten once the next node has taken it
+            band = band and node.feed(band, False)
+        return band
 
     def _feed(self, nodes: tuple[Node, ...], band: Band | None, last: bool) -> Band | None:
         if not nodes:
             return band
         out = None
-        for piece, end in self._pieces(band, last):
-            y = nodes[0].feed(piece, end)
-            if y is not None or end:
-                out = join(out, self._feed(nodes[1:], y, end))
+        for piece, ends in self._pieces(band, last):
+            y = nodes[0].feed(piece, ends)
+            if y is not None or ends:
+                out = join(out, self._feed(nodes[1:], y, ends))
         return out
 
     def _pieces(self, band: Band | None, last: bool) -> Iterator[tuple[Band | None, bool]]:
         """A band, cut if it is too high, and whether each piece is the image's last."""
-        if band is None or not last or not 0 < self.height < band.end - band.first:
+        if band is None or not last or not 0 < self.height < band.stop - band.start:
             yield band, last
             return
-        for first in range(band.first, band.end, self.height):
-            end = min(first + self.height, band.end)
-            yield band.rows(first, end), end == band.end
+        for start in range(band.start, band.stop, self.height):
+            stop = min(start + self.height, band.stop)
+            yield band.rows(start, stop), stop == band.stop
 
 
 class Residual:
@@ -183,16 +191,16 @@ class Residual:
 
     def __init__(self, inner: Node, merge: Callable[[tuple, tuple], tuple]):
         self.inner, self.merge = inner, merge
-        self.held = Waiting()
+        self.held = RowBuffer()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         held = self.held.add(band)
         out = self.inner.feed(band, last)
         if out is None:
             return None
-        x = held.rows(out.first, out.end)
-        out = Band(out.first, self.merge(x.tensors, out.tensors))
-        self.held.keep(out.end, last)
+        x = held.rows(out.start, out.stop)
+        out = Band(out.start, self.merge(x.tensors, out.tensors))
+        self.held.keep(out.stop, last)
         return out
 
 
@@ -213,17 +221,17 @@ class Skip:
         if out is None:
             return None
         for x in self.held:
-            first, end = max(x.first, out.first), min(x.end, out.end)
-            if first < end:
-                (y,), (part,) = out.rows(first, end).tensors, x.rows(first, end).tensors
+            start, stop = max(x.start, out.start), min(x.stop, out.stop)
+            if start < stop:
+                (y,), (part,) = out.rows(start, stop).tensors, x.rows(start, stop).tensors
                 torch.add(part, y, alpha=self.scale, out=y)
-        self.held = [x for x in self.held if x.end > out.end]
-        if self.held and self.held[0].first < out.end:
-            self.own = self.held[0] = self.held[0].kept(out.end, self.own)
+        self.held = [x for x in self.held if x.stop > out.stop]
+        if self.held and self.held[0].start < out.stop:
+            self.own = self.held[0] = self.held[0].tail(out.stop, self.own)
         return out
 
 
-class Dense:
+class StreamedDenseBlock:
     """cat(x, y_1, ..., y_n) along the channels; y_i is convolution i of cat(x, ..., y_{i - 1}).
 
     A chain of one `Residual` a convolution gives the same, but holds a row once for each of the
@@ -237,7 +245,7 @@ class Dense:
     def __init__(self, convs: Iterable[nn.Conv2d], after: Callable[[Tensor], Tensor]):
         self.convs, self.after = list(convs), after
         self.reach = max(conv.padding[0] for conv in self.convs)
-        self.parts = [Waiting() for _ in range(len(self.convs) + 1)]  # x, y_1, ...
+        self.parts = [RowBuffer() for _ in range(len(self.convs) + 1)]  # x, y_1, ...
         self.next = -1  # the next row to come out
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
@@ -246,13 +254,13 @@ class Dense:
             if self.parts[i].band is not None:
                 self.parts[i + 1].add(self._convolve(i, last))
         y = self.parts[-1].band
-        first = -1 if y is None else max(self.next, y.first)
-        if y is None or y.end <= first:
+        start = -1 if y is None else max(self.next, y.start)
+        if y is None or y.stop <= start:
             return None
-        out = Band(first, (torch.cat(self._rows(len(self.parts), first, y.end), dim=1),))
+        out = Band(start, (torch.cat(self._rows(len(self.parts), start, y.stop), dim=1),))
         for part in self.parts:
-            part.keep(max(part.band.first, y.end - self.reach), last)
-        self.next = y.end
+            part.keep(max(part.band.start, y.stop - self.reach), last)
+        self.next = y.stop
         return out
 
     def _convolve(self, i: int, last: bool) -> Band | None:
@@ -260,19 +268,19 @@ class Dense:
         conv, reach = self.convs[i], self.convs[i].padding[0]
         source, done = self.parts[i].band, self.parts[i + 1].band
         if done is not None:
-            first = done.end
+            start = done.stop
         else:
-            first = source.first + reach if source.first else 0
-        end = source.end - (0 if last else reach)
-        if end <= first:
+            start = source.start + reach if source.start else 0
+        stop = source.stop - (0 if last else reach)
+        if stop <= start:
             return None
-        above, below = max(reach - first, 0), end + reach - source.end if last else 0
-        x = torch.cat(self._rows(i + 1, first - reach + above, end + reach - below), dim=1)
+        above, below = max(reach - start, 0), stop + reach - source.stop if last else 0
+        x = torch.cat(self._rows(i + 1, start - reach + above, stop + reach - below), dim=1)
         if above or below:  # zeros where the image ends
             x = F.pad(x, (0, 0, above, below))
         y = F.conv2d(x, conv.weight, conv.bias, padding=(0, conv.padding[1]))
-        return Band(first, (self.after(y),))
+        return Band(start, (self.after(y),))
 
-    def _rows(self, count: int, first: int, end: int) -> list[Tensor]:
-        """Those rows of the first so many parts."""
-        return [part.band.rows(first, end).tensors[0] for part in self.parts[:count]]
+    def _rows(self, count: int, start: int, stop: int) -> list[Tensor]:
+        """Rows start to stop of the first `count` parts."""
+        return [part.band.rows(start, stop).tensors[0] for part in self.parts[:count]]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.models.stream import Chain, Convolution, Dense, Layer, Residual, Skip
+from gsr.models.stream import Chain, Convolution, Layer, Residual, Skip, StreamedDenseBlock
 
 
 class DenseBlock(nn.Module):
@@ -33,7 +33,7 @@ class DenseBlock(nn.Module):
 
     def stream(self) -> Skip:
         """`forward` for `gsr.models.stream`."""
-        return Skip(Chain(Dense(self.convs, torch.relu_), Convolution(self.fuse)))
+        return Skip(Chain(StreamedDenseBlock(self.convs, torch.relu_), Convolution(self.fuse)))
 
 
 class RDN(nn.Module):

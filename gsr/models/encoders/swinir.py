@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gsr.config import EncoderConfig
-from gsr.models.stream import Band, Chain, Convolution, Layer, Node, Skip, Waiting, join
+from gsr.models.stream import Band, Chain, Convolution, Layer, Node, RowBuffer, Skip, join
 
 MLP_RATIO = 2  # hidden channels of a block's MLP, over its channels
 
@@ -218,25 +218,25 @@ class Windows:
     """A `Block` for `gsr.models.stream`: rows wait until their windows are complete."""
 
     def __init__(self, block: Block):
-        self.block, self.held = block, Waiting()
+        self.block, self.held = block, RowBuffer()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
         window, shift = self.block.window, self.block.shift
-        if self.held.band is None and band is not None and band.first:
+        if self.held.band is None and band is not None and band.start:
             # The window that the first of these rows is in may be cut, and never comes out.
-            start = edge(band.first, window, shift)
-            if start >= band.end:
+            start = edge(band.start, window, shift)
+            if start >= band.stop:
                 return None
-            band = band.rows(start, band.end)
+            band = band.rows(start, band.stop)
         x = self.held.add(band)
         if x is None:
             return None
         # The last edge that has been reached.
-        end = x.end if last else max(x.first, edge(x.end - window + 1, window, shift))
+        end = x.stop if last else max(x.start, edge(x.stop - window + 1, window, shift))
         self.held.keep(end, last)
-        if end <= x.first:
+        if end <= x.start:
             return None
-        return Band(x.first, (self.block(x.rows(x.first, end).tensors[0], x.first),))
+        return Band(x.start, (self.block(x.rows(x.start, end).tensors[0], x.start),))
 
 
 class Reflected:
@@ -247,7 +247,7 @@ class Reflected:
 
     def __init__(self, inner: Node, window: int):
         self.inner, self.window = inner, window
-        self.held = Waiting()  # the last rows, up to a window
+        self.held = RowBuffer()  # the last rows, up to a window
         self.width = 0
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
@@ -255,17 +255,17 @@ class Reflected:
             (lr,) = band.tensors
             self.width = lr.shape[-1]
             columns = reflected(self.width, self.window, lr.device)
-            band = Band(band.first, (lr.index_select(-1, columns),))
+            band = Band(band.start, (lr.index_select(-1, columns),))
         held = self.held.add(band)
         if held is None:
             return None
         if last:
-            rows = reflected(held.end, self.window, held.tensors[0].device)[held.end :]
-            more = held.tensors[0].index_select(-2, rows - held.first)
-            band = join(band, Band(held.end, (more,))) if len(rows) else band
-        self.held.keep(max(held.first, held.end - self.window), last)
+            rows = reflected(held.stop, self.window, held.tensors[0].device)[held.stop :]
+            more = held.tensors[0].index_select(-2, rows - held.start)
+            band = join(band, Band(held.stop, (more,))) if len(rows) else band
+        self.held.keep(max(held.start, held.stop - self.window), last)
         out = self.inner.feed(band, last)
-        if out is None or out.first >= held.end:
+        if out is None or out.start >= held.stop:
             return None
-        out = out.rows(out.first, min(out.end, held.end))
-        return Band(out.first, (out.tensors[0][..., : self.width],))
+        out = out.rows(out.start, min(out.stop, held.stop))
+        return Band(out.start, (out.tensors[0][..., : self.width],))

@@ -70,7 +70,9 @@ class DirectHead(nn.Module):
                     bias[k, 5 + axis] = math.atanh(centre / self.reach)
 
     def encode(self, features: Tensor, lr: Tensor) -> DirectEncoded:
-        x = self.out(self.activation(self.hidden(features))).float()
+        x = self.out(self.activation(self.hidden(features)))
+        # Planes: what is computed from here on, and the splat, take a parameter at a time.
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
         x = rearrange(x, "b (k p) h w -> b k p h w", k=self.gaussians)
         colour, sigma, offset, rho, opacity = x.split(CHANNELS, dim=2)
         low, high = self.sigma_range
