@@ -56,9 +56,8 @@ class Loss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         lr = batch.lr.contiguous(memory_format=torch.channels_last)
-        self.model.head.seeds = batch.seeds
         with torch.autocast(lr.device.type, torch.bfloat16, enabled=self.bf16):
-            encoded = self.model.encode(lr)
+            encoded = self.model.encode(lr, batch.seeds)
         out = self.model.query(encoded, batch.size, batch.coord, batch.scale)
         return (out - batch.target).abs().mean()
 

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from gsr.config import DecoderConfig
-from gsr.models.heads import decoder
+from gsr.models.heads import decoder, fourier
+from gsr.models.heads.bicubic import BicubicEncoded
 from gsr.models.heads.decoder import FourierDecoder, affine, bicubic_neighbours, neighbourhoods
+from gsr.models.heads.fourier import FourierHead
 
 LOOPS = decoder._loops()
 needs_loops = pytest.mark.skipif(LOOPS is None, reason="Numba does not run")
@@ -26,7 +28,7 @@ def make(channels=12, width=64, layers=(64, 64)):
 
 
 def plain(dec, features, lr_size):
-    """The published formula for a whole picture, in float64: no strips, nothing merged."""
+    """The published formula for a whole image, in float64: no strips, nothing merged."""
     p = {name: t.double() for name, t in dec.state_dict(keep_vars=True).items()}
     splatted, tall = (part.double() for part in features)
     rest = F.interpolate(tall, splatted.shape[-2:], mode="bicubic", align_corners=False)
@@ -58,12 +60,21 @@ def drawn(b, lr_size, size, grad=False):
     return [torch.randn(b, c, size[0], w, requires_grad=grad) for c, w in widths]
 
 
-def render(dec, features, lr_size, dtype=torch.float32):
-    def strip(a, b):
-        return [part[:, :, a:b] for part in features]
+class Given(FourierHead):
+    """A head whose features at HR are given."""
 
-    b, c, *size = features[0].shape
-    return dec.render(strip, c, b, lr_size, tuple(size), dtype=dtype)
+    def __init__(self, dec, features):
+        super().__init__()
+        self.decoder, self.features, self.channels = dec, features, features[0].shape[1]
+
+    def strip_features(self, encoded, splat, rows, *, size, band):
+        return [part[:, :, slice(*rows)] for part in self.features]
+
+
+def render(dec, features, lr_size, dtype=torch.float32, head=Given):
+    size, lr = features[0].shape[-2:], torch.empty(len(features[0]), 12, *lr_size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return head(dec, features).render(BicubicEncoded(lr, lr[:, :0]), tuple(size))
 
 
 def distance(a, b):
@@ -85,7 +96,7 @@ SIZES = [
 def test_render_is_the_formula(lr_size, size, grad, loops, monkeypatch):
     if not loops:
         monkeypatch.setattr(decoder, "_loops", lambda: None)
-    monkeypatch.setattr(decoder, "STRIP", 3 * 2 * size[1])
+    monkeypatch.setattr(fourier, "STRIP", 3 * 2 * size[1])
     dec, features = make(), drawn(2, lr_size, size)
     want = plain(dec, features, lr_size)
     assert want.std() > 0.02
@@ -155,23 +166,23 @@ def test_affine_is_a_linear_layer(channels):
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_a_picture_on_two_threads(monkeypatch, inference):
+def test_an_image_on_two_threads(monkeypatch, inference):
     """Equal to one thread's; how many there are and who records gradients is as before."""
-    monkeypatch.setattr(decoder, "STRIP", 40)
-    monkeypatch.setattr(decoder, "AT_ONCE", 2)
+    monkeypatch.setattr(fourier, "STRIP", 40)
+    monkeypatch.setattr(fourier, "AT_ONCE", 2)
     dec, before = FourierDecoder(12, DecoderConfig(16, (8,))), torch.get_num_threads()
     features, out, seen = drawn(1, (7, 5), (21, 20)), {}, set()
     rgb = FourierDecoder.rgb
 
     both = threading.Barrier(2, timeout=10)
 
-    def note(*args):
+    def note(*args, **options):
         if threading.get_ident() not in seen and threading.current_thread().name != "MainThread":
             seen.add(threading.get_ident())
             both.wait()  # neither may do all of it
         assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled() == inference
-        return rgb(*args)
+        return rgb(*args, **options)
 
     monkeypatch.setattr(FourierDecoder, "rgb", note)
     try:
@@ -187,14 +198,16 @@ def test_a_picture_on_two_threads(monkeypatch, inference):
 
 
 def test_a_failure_on_another_thread_is_raised():
-    def fails(*args):
-        raise MemoryError("no more")
+    class Fails(Given):
+        def strip_features(self, *args, **options):
+            raise MemoryError("no more")
 
+    dec = FourierDecoder(12, DecoderConfig(16, (8,)))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with torch.no_grad(), pytest.raises(MemoryError, match="no more"):
-            FourierDecoder(12, DecoderConfig(16, (8,))).render(fails, 4, 1, (4, 4), (8, 8))
+            render(dec, drawn(1, (4, 4), (8, 8)), (4, 4), head=Fails)
         assert torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as pool:  # PyTorch's number for threads that start from now on
             assert pool.submit(torch.get_num_threads).result() == 2
@@ -208,7 +221,7 @@ def test_waves(scale):
     """Frequencies far beyond one turn, where taking turns off must not lose digits."""
     both = torch.randn(300, 512) * torch.cat([torch.ones(256), torch.full((256,), float(scale))])
     ry, rx, phase = torch.rand(300) * 2 - 1, torch.rand(300) * 2 - 1, torch.randn(128)
-    got = LOOPS.modulate(both, ry, rx, phase, torch.float32).double()
+    got = LOOPS.modulate(both, ry, rx, phase=phase, dtype=torch.float32).double()
     coef, fy, fx = both.double().split([256, 128, 128], dim=1)
     t = math.pi * (fy * ry[:, None] + fx * rx[:, None] + phase)
     want = coef * torch.cat([t.cos(), t.sin()], dim=1)
@@ -219,7 +232,7 @@ def test_waves(scale):
     turns = torch.zeros(1, 8)
     turns[0, :4], turns[0, 4:6] = 1, torch.tensor([float(int(scale)), int(scale) + 1.0])
     one = torch.ones(1)
-    half = LOOPS.modulate(turns, one, one, torch.tensor([0.0, 0.5]), torch.float32)
+    half = LOOPS.modulate(turns, one, one, phase=torch.tensor([0.0, 0.5]), dtype=torch.float32)
     assert half[0, 0].abs() == 1 and half[0, 2].abs() == 0 and half[0, 3].abs() > 1 - 2e-7
 
 
@@ -227,8 +240,8 @@ def test_waves(scale):
 def test_waves_in_bfloat16_round_to_the_nearest():
     both = torch.randn(40, 64)
     ry, rx, phase = torch.rand(40), torch.rand(40), torch.randn(16)
-    got = LOOPS.modulate(both, ry, rx, phase, torch.bfloat16)
-    want = LOOPS.modulate(both, ry, rx, phase, torch.float32).bfloat16()
+    got = LOOPS.modulate(both, ry, rx, phase=phase, dtype=torch.bfloat16)
+    want = LOOPS.modulate(both, ry, rx, phase=phase, dtype=torch.float32).bfloat16()
     assert got.dtype == torch.bfloat16 and torch.equal(got, want)
 
 
@@ -245,8 +258,8 @@ def test_threads_do_not_matter():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            waves = LOOPS.modulate(both, r, r.flip(0), phase, torch.float32)
-            near = LOOPS.neighbourhoods(features, splatted, (20, 20), row, column)
+            waves = LOOPS.modulate(both, r, r.flip(0), phase=phase, dtype=torch.float32)
+            near = LOOPS.neighbourhoods(features, splatted, y=row, x=column, size=(20, 20))
             for leaf in leaves:
                 leaf.grad = None
             (waves.square().sum() + near.square().sum()).backward()
@@ -268,18 +281,20 @@ def test_neighbourhoods(size):
     g = torch.Generator().manual_seed(0)
     index = torch.arange(size[0] * size[1])[torch.randint(size[0] * size[1], (2, 50), generator=g)]
     row, column = index // size[1], index % size[1]
-    x = torch.randn(2, 7, 9, 11, generator=g, requires_grad=True)
+    features = torch.randn(2, 7, 9, 11, generator=g, requires_grad=True)
     splatted = torch.randn(2, 50, 9, 3, generator=g, requires_grad=True)
     weight, results = torch.randn(2, 50, 9, 7, generator=g), []
     for loops in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
                 patch.setattr(decoder, "_loops", lambda: None)
-            out = neighbourhoods(x, splatted, size, row, column)
-        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), (x, splatted))])
+            out = neighbourhoods(features, splatted, y=row, x=column, size=size)
+        results.append(
+            [out.detach(), *torch.autograd.grad((out * weight).sum(), (features, splatted))]
+        )
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
-    assert bicubic_neighbours(x[:, 3:], size, row, column).shape == (2, 50, 9, 4)
+    assert bicubic_neighbours(features[:, 3:], row, column, size=size).shape == (2, 50, 9, 4)
 
 
 @needs_loops
@@ -288,12 +303,12 @@ def test_gradient_of_neighbourhoods_by_differences():
     splatted = torch.randn(2, 3, 9, 1, dtype=torch.float64, requires_grad=True)
     row, column = torch.tensor([[0, 3, 5], [2, 2, 4]]), torch.tensor([[0, 5, 6], [1, 1, 0]])
     assert torch.autograd.gradcheck(
-        lambda x, s: neighbourhoods(x, s, (6, 7), row, column), (x, splatted)
+        lambda f, s: neighbourhoods(f, s, y=row, x=column, size=(6, 7)), (x, splatted)
     )
 
 
 def test_coordinates_may_take_gradients():
     dec = make()
     waves, r = torch.randn(5, 128), torch.zeros(5, 1, requires_grad=True)
-    dec.rgb(waves, r, r, torch.ones(2)).sum().backward()
+    dec.rgb(waves, r, r, cell=torch.ones(2)).sum().backward()
     assert r.grad.abs().min() > 0

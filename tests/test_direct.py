@@ -26,22 +26,22 @@ def model():
     return make()
 
 
-def picture(h=9, w=11, b=1, seed=0):
+def image(h=9, w=11, b=1, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
 def test_starts_as_bicubic():
     model = GaussianSR(ModelConfig(encoder=EncoderConfig(n_feats=8, n_blocks=1)))
-    lr = picture()
+    lr = image()
     expected = F.interpolate(lr, (30, 41), mode="bicubic")
     torch.testing.assert_close(model(lr, size=(30, 41)), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("k, radius", [(1, 1), (4, 1), (9, 2), (5, 3)])
 @pytest.mark.parametrize("size", [(9, 11), (31, 25), (20, 60)])
-def test_queries_are_pixels_of_the_picture(k, radius, size):
+def test_queries_are_pixels_of_the_image(k, radius, size):
     model = make(gaussians=k, radius=radius)
-    lr = picture(b=2)
+    lr = image(b=2)
     whole = model(lr, size=size)
     coord = pixel_coords(torch.arange(size[0] * size[1]), size).expand(2, -1, -1)
     at = model(lr, size=size, coord=coord)
@@ -50,7 +50,7 @@ def test_queries_are_pixels_of_the_picture(k, radius, size):
 
 
 def test_rows(model):
-    encoded = model.encode(picture())
+    encoded = model.encode(image())
     whole = model.render(encoded, (40, 33))
     torch.testing.assert_close(
         model.render(encoded, (40, 33), rows=(13, 22)), whole[:, :, 13:22], atol=1e-5, rtol=0
@@ -58,14 +58,14 @@ def test_rows(model):
 
 
 def test_one_image_does_not_see_the_other(model):
-    lr = picture(b=3)
+    lr = image(b=3)
     both = model(lr, scale=2.5)
     torch.testing.assert_close(model(lr[1:2], scale=2.5), both[1:2], atol=1e-6, rtol=0)
 
 
 def test_shift_by_one_pixel(model):
-    """Moving the LR picture by one pixel moves the result by `scale` pixels."""
-    lr = picture(24, 24)
+    """Moving the LR image by one pixel moves the result by `scale` pixels."""
+    lr = image(24, 24)
     far = 3 * (model.halo + model.head.radius + 2)
     a, b = model(lr, scale=3)[..., 3:], model(lr[..., 1:], scale=3)
     inner = (..., slice(far, -far), slice(far, -far))
@@ -102,7 +102,7 @@ def test_no_seams_where_windows_change(radius, normalize):
 
 
 def test_any_size_from_one_encoding(model):
-    lr = picture()
+    lr = image()
     encoded = model.encode(lr)
     for size in [(9, 11), (10, 50), (33, 12)]:
         torch.testing.assert_close(model.render(encoded, size), model(lr, size=size))
@@ -111,18 +111,18 @@ def test_any_size_from_one_encoding(model):
 @pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), (2, 0), (1, 2, 3)])
 def test_bad_scale(model, bad):
     with pytest.raises(InputError, match="scale"):
-        model(picture(), scale=bad)
+        model(image(), scale=bad)
 
 
 def test_bad_size(model):
     with pytest.raises(InputError, match="size"):
-        model(picture(), size=(0, 5))
+        model(image(), size=(0, 5))
     with pytest.raises(InputError, match="size"):
-        model(picture())
+        model(image())
 
 
 def test_every_parameter_learns(model):
-    lr = picture(b=2)
+    lr = image(b=2)
     coord = pixel_coords(torch.arange(0, 400, 7), (20, 20)).expand(2, -1, -1)
     model(lr, size=(20, 20), coord=coord).square().sum().backward()
     for name, p in model.named_parameters():
@@ -133,7 +133,7 @@ def test_every_parameter_learns(model):
 
 
 def test_each_property_of_a_gaussian_is_used(model):
-    encoded = model.encode(picture())
+    encoded = model.encode(image())
     whole = model.render(encoded, (20, 20))
     for name in encoded._fields:
         other = encoded._replace(**{name: getattr(encoded, name) * 0.9})
@@ -145,6 +145,6 @@ def test_hidden_channels_that_are_all_negative_can_recover(activation, alive):
     """With leaky ReLU a gradient still reaches the encoder, and the image depends on it."""
     model = make(activation=activation)
     torch.nn.init.constant_(model.head.hidden.bias, -100.0)
-    (model(picture(), scale=2) - 0.5).square().mean().backward()
+    (model(image(), scale=2) - 0.5).square().mean().backward()
     assert bool(model.encoder.head[0].weight.grad.any()) == alive
     assert bool(model.head.hidden.weight.grad.any()) == alive

@@ -7,9 +7,9 @@ from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
 from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR
-from gsr.models.heads import decoder
-from gsr.models.heads.bank import BankEncoded, BoundedBank, GaussianBank, assign, gather_pixels
-from gsr.models.heads.decoder import FourierDecoder, bicubic_neighbours
+from gsr.models.heads import fourier
+from gsr.models.heads.bank import BankEncoded, BoundedBank, GaussianBank, assign
+from gsr.models.heads.decoder import FourierDecoder, bicubic_neighbours, gather_pixels
 from gsr.ops.resize import bicubic
 
 
@@ -33,8 +33,13 @@ def make(mode="field", seed=0, **bank):
     return model
 
 
-def picture(h=9, w=11, b=1, seed=0):
+def image(h=9, w=11, b=1, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def splat(model, encoded, size):
+    """The splatted channels of a whole image."""
+    return model.head.splat_rows(model.head.prepare(encoded, None), (0, size[0]), size=size)
 
 
 def close(a, b, atol=1e-5):
@@ -43,8 +48,8 @@ def close(a, b, atol=1e-5):
 
 @pytest.mark.parametrize("size", [(5, 8), (9, 11), (14, 17), (22, 28), (36, 44), (20, 60)])
 @pytest.mark.parametrize("window", [3, 7])
-def test_queries_are_pixels_of_the_picture(size, window):
-    model, lr = make(window=window), picture(b=2)
+def test_queries_are_pixels_of_the_image(size, window):
+    model, lr = make(window=window), image(b=2)
     with torch.no_grad():
         whole = model(lr, size=size)
         assert whole.std() > 0.02
@@ -55,8 +60,8 @@ def test_queries_are_pixels_of_the_picture(size, window):
         close(model(lr, size=size, coord=coord[:, few]), at[:, few])
 
 
-def test_gradients_of_queries_are_those_of_the_picture():
-    model, lr, size = make(), picture(b=2), (22, 28)
+def test_gradients_of_queries_are_those_of_the_image():
+    model, lr, size = make(), image(b=2), (22, 28)
     few = torch.randperm(22 * 28)[:20]
     coord = pixel_coords(few, size).expand(2, -1, -1)
     weight = torch.randn(2, 20, 3)
@@ -70,20 +75,20 @@ def test_gradients_of_queries_are_those_of_the_picture():
         assert (grads[1][name] - want).norm() < 1e-4 * want.norm(), name
 
 
-def test_few_queries_of_a_huge_picture():
+def test_few_queries_of_a_huge_image():
     """100 million HR pixels would neither fit nor finish."""
     model, size = make(), (10_000, 10_000)
     coord = pixel_coords(torch.tensor([0, 12_345_678, 99_999_999]), size)[None]
-    assert model(picture(), size=size, coord=coord).isfinite().all()
+    assert model(image(), size=size, coord=coord).isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (13, 14), (17, 40), (39, 40)])
-def test_rows_are_rows_of_the_picture(rows, monkeypatch):
+def test_rows_are_rows_of_the_image(rows, monkeypatch):
     model, size = make(), (40, 33)
-    encoded = model.encode(picture(b=2))
+    encoded = model.encode(image(b=2))
     whole = model.render(encoded, size)
     close(model.render(encoded, size, rows=rows), whole[:, :, slice(*rows)])
-    monkeypatch.setattr(decoder, "STRIP", 140)
+    monkeypatch.setattr(fourier, "STRIP", 140)
     close(model.render(encoded, size, rows=rows), whole[:, :, slice(*rows)])
 
 
@@ -91,32 +96,32 @@ def test_rows_cost_no_more_than_themselves(monkeypatch):
     model, asked = make(), []
     inner = model.head.splat_rows
 
-    def splat_rows(*args):
-        splat = inner(*args)
-        return lambda first, last: asked.append((first, last)) or splat(first, last)
+    def splat_rows(splat, rows, **options):
+        asked.append(rows)
+        return inner(splat, rows, **options)
 
     monkeypatch.setattr(model.head, "splat_rows", splat_rows)
-    model.render(model.encode(picture()), (40, 33), rows=(10, 14))
+    model.render(model.encode(image()), (40, 33), rows=(10, 14))
     assert asked == [(9, 15)]
 
 
 def test_unequal_scales_are_those_of_the_size():
-    model, lr = make(), picture()
+    model, lr = make(), image()
     close(model(lr, scale=(2, 3.5)), model(lr, size=(18, 38)), atol=0)
     assert model(lr, scale=(2, 3.5)).shape == (1, 3, 18, 38)
 
 
 def test_one_image_does_not_see_the_other():
-    model, lr = make(), picture(b=3)
+    model, lr = make(), image(b=3)
     together = model(lr, scale=2.3)
     close(torch.cat([model(one[None], scale=2.3) for one in lr]), together)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
-def test_moves_with_the_picture(scale):
+def test_moves_with_the_image(scale):
     """One LR pixel down is `scale` HR pixels down, away from the borders."""
     size, margin = 25, 10  # LR pixels: encoder 4, classifier 1, window 3, resizing 2, decoder 1
-    lr = picture(size + 1, size, seed=3)
+    lr = image(size + 1, size, seed=3)
 
     def moved(model):
         above, below = model(lr[:, :, :-1], scale=scale), model(lr[:, :, 1:], scale=scale)
@@ -142,7 +147,7 @@ def test_constant_features_stay_constant(size, extreme):
     constant = torch.tensor([0.0, 1.0, -3.0, 17.0])[None, :, None, None]
     features = torch.cat([constant.expand(1, 4, 9, 11), torch.zeros(1, 8, 9, 11)], dim=1)
     encoded = BankEncoded(features, model.head.bank(one_hot), features[:, :0])
-    splatted = model.head.splat_rows(encoded, size, None)(0, size[0])
+    splatted = splat(model, encoded, size)
     torch.testing.assert_close(splatted, constant.expand_as(splatted), atol=0, rtol=1e-5)
 
 
@@ -165,7 +170,7 @@ def test_sigma_and_position_have_rows_first():
     features = torch.zeros(1, 12, 9, 11)
     features[:, :4, 4, 6] = 1
     encoded = BankEncoded(features, gaussians, features[:, :0])
-    splatted = model.head.splat_rows(encoded, (9 * s, 11 * s), None)(0, 81)
+    splatted = splat(model, encoded, (9 * s, 11 * s))
     assert splatted[0, 0].argmax() == (4 * s + s // 2) * 11 * s + 6 * s + s // 2
     y, x = 4 * s + s // 2, 6 * s + s // 2
     assert splatted[0, 0, y + s, x] > 3 * splatted[0, 0, y, x + s]
@@ -199,10 +204,8 @@ def test_bank_starts_as_the_published_grid():
 def test_assignment():
     logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     one_hot = assign(logits, "argmax")
-    assert torch.equal(one_hot.argmax(1), logits.argmax(1)) and set(one_hot.unique().tolist()) == {
-        0,
-        1,
-    }
+    assert torch.equal(one_hot.argmax(1), logits.argmax(1))
+    assert one_hot.unique().tolist() == [0, 1]
     close(assign(logits, "softmax"), logits.exp() / logits.exp().sum(1, keepdim=True))
     soft, hard = assign(logits, "gumbel"), assign(logits, "gumbel", hard=True)
     for weights in (one_hot, soft, hard):
@@ -231,30 +234,31 @@ def test_few_pixels_are_decoded_at_a_time(mode, monkeypatch):
     """However large HR is, but for the width of a row."""
     model, pixels, rgb = make(mode), [], FourierDecoder.rgb
 
-    def counted(self, waves, *rest):
+    def counted(self, waves, *rest, **options):
         pixels.append(waves[..., 0].numel())
-        return rgb(self, waves, *rest)
+        return rgb(self, waves, *rest, **options)
 
     monkeypatch.setattr(FourierDecoder, "rgb", counted)
-    size, most = (130, 301), decoder.STRIP
+    size, most = (130, 301), fourier.STRIP
     with torch.inference_mode():
-        encoded = model.encode(picture(13, 14, b=2))
+        encoded = model.encode(image(13, 14, b=2))
         model.render(encoded, size)
         assert max(pixels) <= most and sum(pixels) == 2 * 130 * 301
         pixels.clear()
         model.query(encoded, size, torch.zeros(2, 20_000, 2))
-        assert max(pixels) <= decoder.QUERIES and sum(pixels) == 2 * 20_000
+        assert max(pixels) <= fourier.QUERIES and sum(pixels) == 2 * 20_000
 
 
 @torch.no_grad()
-def test_autocast_is_for_the_decoder_alone():
+def test_autocast_is_for_the_decoder_alone(monkeypatch):
     """Not for the splat, nor for the layers that stay float32."""
     model, size = make(), (18, 22)
-    encoded = model.encode(picture())
+    encoded = model.encode(image())
     with torch.autocast("cpu", torch.bfloat16):
         got = model.render(encoded, size)
-    want = model.head._render(encoded, size, (2, 2), None, None, None, torch.bfloat16)
-    assert torch.equal(got, want) and not torch.equal(got, model.render(encoded, size))
+    float32 = model.render(encoded, size)
+    monkeypatch.setattr(fourier, "autocast_dtype", lambda device: torch.bfloat16)
+    assert torch.equal(got, model.render(encoded, size)) and not torch.equal(got, float32)
 
 
 def test_each_pixel_has_its_own_mean_gaussian():
@@ -268,7 +272,7 @@ def test_each_pixel_has_its_own_mean_gaussian():
 
 
 def test_training_draws_noise_and_evaluation_does_not():
-    model, lr = make(), picture()
+    model, lr = make(), image()
     assert torch.equal(model.encode(lr).gaussians, model.encode(lr).gaussians)
 
     def from_the_bank():  # share of the pixels whose Gaussian is one of the bank, not a mixture
@@ -280,6 +284,8 @@ def test_training_draws_noise_and_evaluation_does_not():
     model.train()
     assert not torch.equal(model.encode(lr).gaussians, model.encode(lr).gaussians)
     assert from_the_bank() < 0.5
+    first, again, other = (model.encode(lr, seeds=[seed]).gaussians for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     model.head.config.train_assignment = "softmax"
     assert torch.equal(model.encode(lr).gaussians, model.encode(lr).gaussians)
     model.eval().head.config.assignment = "gumbel"
@@ -291,13 +297,13 @@ def test_training_draws_noise_and_evaluation_does_not():
 def test_gradients_reach_every_parameter():
     model = make().train()
     coord = pixel_coords(torch.arange(0, 600, 7), (27, 33)).expand(2, -1, -1)
-    model(picture(b=2), size=(27, 33), coord=coord).square().sum().backward()
+    model(image(b=2), size=(27, 33), coord=coord).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
 def test_half_precision_encoders_leave_hr_in_float32():
-    model, lr = make(), picture()
+    model, lr = make(), image()
     model.head.config.assignment = "softmax"  # argmax may flip
     with torch.autocast("cpu", torch.bfloat16):
         encoded = model.encode(lr)
@@ -308,19 +314,19 @@ def test_half_precision_encoders_leave_hr_in_float32():
 
 
 def test_memory_format_does_not_matter():
-    model, lr = make(), picture(b=2)
+    model, lr = make(), image(b=2)
     want = model(lr, scale=2.5)
     last = model.to(memory_format=torch.channels_last)
     close(last(lr.contiguous(memory_format=torch.channels_last), scale=2.5), want)
 
 
 @pytest.mark.parametrize("size", [(4, 30), (9, 11), (13, 17), (18, 44), (60, 35)])
-def test_neighbours_are_pixels_of_the_resized_picture(size):
+def test_neighbours_are_pixels_of_the_resized_image(size):
     x = torch.randn(2, 3, 9, 11, generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(bicubic(x, size, (0, size[0])), (1, 1, 1, 1))
     index = torch.arange(size[0] * size[1])
     y, x_hr = (index // size[1]).expand(2, -1), (index % size[1]).expand(2, -1)
-    got = bicubic_neighbours(x, size, y, x_hr)
+    got = bicubic_neighbours(x, y, x_hr, size=size)
     for n in range(9):
         want = gather_pixels(padded, y + n // 3, x_hr + n % 3)
         inside = (want != 0).any(dim=-1)
@@ -342,7 +348,7 @@ def test_a_gaussian_ends_with_its_window(window):
     features[:, :4, 5, 5] = 1
     gaussians = torch.tensor([model.head.bank.high] * 2 + [0.5, 0.0])[None, :, None, None]
     encoded = BankEncoded(features, gaussians.expand(1, 4, 11, 11), features[:, :0])
-    lit = model.head.splat_rows(encoded, (44, 44), None)(0, 44)[0, 0]
+    lit = splat(model, encoded, (44, 44))[0, 0]
     first, last = (lit.amax(1) > 0).nonzero()[[0, -1], 0].tolist()
     assert (first, last) == (22 - 2 * window, 21 + 2 * window)
     assert lit[first].max() < 2e-3 * lit.max()
@@ -350,7 +356,7 @@ def test_a_gaussian_ends_with_its_window(window):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["field", "bicubic"])
-def test_a_skip_connection_adds_the_bicubic_enlargement(mode):
+def test_a_skip_connection_adds_bicubic_upsampling(mode):
     plain = make(window=3)
     config = plain.config.model_copy(update={"mode": mode}, deep=True)
     without = GaussianSR(config).eval()
@@ -358,7 +364,7 @@ def test_a_skip_connection_adds_the_bicubic_enlargement(mode):
     added = GaussianSR(config).eval()
     for model in (without, added):
         model.load_state_dict(plain.state_dict(), strict=mode == "field")
-    lr, size = picture(b=2), (31, 25)
+    lr, size = image(b=2), (31, 25)
     base = bicubic(lr, size) - 0.5
     close(added(lr, size=size), without(lr, size=size) + base)
     encoded = added.encode(lr)

@@ -1,4 +1,4 @@
-"""The heads that others published, `liif` and `lte`, and `bicubic`: their formulas, and one picture
+"""The heads that others published, `liif` and `lte`, and `bicubic`: their formulas, and one image
 whatever is asked of it."""
 
 import json
@@ -28,7 +28,7 @@ from gsr.errors import InputError
 from gsr.inference import strips as infer
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import save_model
-from gsr.models.heads import bicubic, decoder, liif
+from gsr.models.heads import fourier, liif
 from gsr.ops.resize import bicubic as resize
 
 MODES = ["bicubic", "liif", "lte"]
@@ -53,7 +53,7 @@ def make(mode, seed=0):
     return model
 
 
-def picture(h=9, w=11, b=1, seed=0):
+def image(h=9, w=11, b=1, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
@@ -109,7 +109,7 @@ def liif_by_loops(features, lr, weights, coord, size):
 
 def lte_by_loops(features, lr, weights, coord, size):
     """Section 3 of LTE: amplitudes times waves of learnt frequencies and phases, an MLP, and the
-    LR picture enlarged bilinearly; in [-1, 1], as it is trained."""
+    LR image upsampled bilinearly; in [-1, 1], as it is trained."""
     c, h, w = features.shape
     padded = np.pad(features, ((0, 0), (1, 1), (1, 1)))
     cell = np.array([2 / size[0] * h, 2 / size[1] * w])
@@ -137,13 +137,13 @@ def lte_by_loops(features, lr, weights, coord, size):
 @pytest.mark.parametrize("mode, by_loops", [("liif", liif_by_loops), ("lte", lte_by_loops)])
 @pytest.mark.parametrize("size", [(7, 9), (4, 5), (11, 16), (3, 20)])
 def test_papers(mode, by_loops, size):
-    model, lr = make(mode), picture(4, 5, 2)
+    model, lr = make(mode), image(4, 5, 2)
     if mode == "lte":
         model.head.decoder.least_cell = 0
     features = model.encoder(lr).double().numpy()
     weights = {n: t.double().numpy() for n, t in model.head.decoder.state_dict().items()}
     encoded = model.encode(lr)
-    # Pixel centres, the corners and borders of the picture, and anything between.
+    # Pixel centres, the corners and borders of the image, and anything between.
     some = torch.tensor([[-1.0, -1], [1, 1], [-1, 0.3], [0.9999, -0.2]])
     anywhere = torch.rand(20, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
     coord = torch.cat([every(size)[0], some, anywhere])
@@ -177,8 +177,8 @@ def test_parameters_of_the_papers():
 
 
 @torch.no_grad()
-def test_liif_with_a_skip_connection_adds_the_bilinear_enlargement():
-    plain, lr, size = make("liif"), picture(b=2), (22, 28)
+def test_liif_with_a_skip_connection_adds_bilinear_upsampling():
+    plain, lr, size = make("liif"), image(b=2), (22, 28)
     config = plain.config.model_copy(update={"liif": LIIFConfig([12, 10], skip=True)})
     added = GaussianSR(config).eval()
     added.load_state_dict(plain.state_dict())
@@ -192,7 +192,7 @@ def test_liif_with_a_skip_connection_adds_the_bilinear_enlargement():
 
 @torch.no_grad()
 def test_the_cell_of_lte_ends_at_its_largest_scale():
-    model, lr = make("lte"), picture()
+    model, lr = make("lte"), image()
     encoded, coord = model.encode(lr), every((9, 11))
 
     def at(scale):
@@ -208,7 +208,7 @@ def test_the_cell_of_lte_ends_at_its_largest_scale():
 @pytest.mark.parametrize("size", [(9, 11), (20, 31), (13, 60)])
 def test_bicubic_decodes_the_resized_features(size):
     """Pixel by pixel from the features resized as a whole."""
-    model, lr = make("bicubic"), picture(b=2)
+    model, lr = make("bicubic"), image(b=2)
     encoded, d = model.encode(lr), model.head.decoder
     close(encoded.features, model.encoder(lr))
     hr = resize(encoded.features, size)
@@ -228,29 +228,28 @@ def test_bicubic_decodes_the_resized_features(size):
     assert same.float().mean() > (0.99 if size != (13, 60) else 0.9)
 
 
-# ---- one picture, whatever is asked of it -------------------------------------------------------
+# ---- one image, whatever is asked of it -------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(5, 8), (9, 11), (14, 17), (22, 28), (36, 44), (20, 60)])
-def test_queries_are_pixels_of_the_picture(mode, size, monkeypatch):
-    model, lr = make(mode), picture(b=2)
+def test_queries_are_pixels_of_the_image(mode, size, monkeypatch):
+    model, lr = make(mode), image(b=2)
     whole = model(lr, size=size)
     assert whole.shape == (2, 3, *size) and whole.std() > 0.02
     at = model(lr, size=size, coord=every(size, 2))
     close(at.mT.reshape(whole.shape), whole)
     few = torch.randperm(size[0] * size[1])[:7]
     close(model(lr, size=size, coord=every(size, 2)[:, few]), at[:, few])
-    for module in (liif, decoder, bicubic):
-        if hasattr(module, "QUERIES"):
-            monkeypatch.setattr(module, "QUERIES", 17)
+    for module in (liif, fourier):
+        monkeypatch.setattr(module, "QUERIES", 17)
     close(model(lr, size=size, coord=every(size, 2)), at)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_queries_are_those_of_the_picture(mode):
-    model, lr, size = make(mode), picture(b=2), (22, 28)
+def test_gradients_of_queries_are_those_of_the_image(mode):
+    model, lr, size = make(mode), image(b=2), (22, 28)
     few = torch.randperm(22 * 28)[:20]
     coord, weight, grads = every(size, 2)[:, few], torch.randn(2, 20, 3), []
     for values in (model(lr, size=size).flatten(2)[:, :, few].mT, model(lr, size, coord=coord)):
@@ -265,14 +264,14 @@ def test_gradients_of_queries_are_those_of_the_picture(mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (13, 14), (17, 40), (39, 40)])
-def test_rows_and_strips_are_those_of_the_picture(mode, rows, monkeypatch):
+def test_rows_and_strips_are_those_of_the_image(mode, rows, monkeypatch):
     model, size = make(mode), (40, 33)
-    encoded = model.encode(picture(b=2))
+    encoded = model.encode(image(b=2))
     whole = model.render(encoded, size)
     close(model.render(encoded, size, rows=rows), whole[:, :, slice(*rows)])
     for pixels in (1, 10, 70):
         monkeypatch.setattr(liif, "PIXELS", pixels)
-        monkeypatch.setattr(decoder, "STRIP", pixels)
+        monkeypatch.setattr(fourier, "STRIP", pixels)
         close(model.render(encoded, size, rows=rows), whole[:, :, slice(*rows)])
 
 
@@ -283,7 +282,7 @@ def test_the_rows_needed_are_enough(mode, seed):
     draw = random.Random(seed)
     h, w = draw.randint(1, 30), draw.randint(1, 12)
     size = draw.randint(max(1, h // 2), 5 * h), draw.randint(1, 4 * w)
-    model, lr = make(mode, seed), picture(h, w, seed=seed)
+    model, lr = make(mode, seed), image(h, w, seed=seed)
     encoded = model.encode(lr)
     whole = model.render(encoded, size)
     for _ in range(4):
@@ -298,7 +297,7 @@ def test_the_rows_needed_are_enough(mode, seed):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_one_image_does_not_see_the_other(mode):
-    model, lr = make(mode), picture(b=3)
+    model, lr = make(mode), image(b=3)
     together = model(lr, scale=2.3)
     close(torch.cat([model(one[None], scale=2.3) for one in lr]), together, atol=1e-6)
 
@@ -307,7 +306,7 @@ def test_one_image_does_not_see_the_other(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size, scale", [((75, 60), None), ((52, 98), (1.52, 3.51))])
 def test_run_equals_the_model(mode, size, scale, monkeypatch):
-    model, lr = make(mode), picture(34, 28, 2)
+    model, lr = make(mode), image(34, 28, 2)
     want = model(lr, size=size, scale=scale)
     monkeypatch.setattr(infer, "STRIP_PIXELS", 1200)
     for pixels in (1, 300, 1200, 10000):
@@ -317,18 +316,18 @@ def test_run_equals_the_model(mode, size, scale, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
-def test_few_queries_of_a_huge_picture(mode):
+def test_few_queries_of_a_huge_image(mode):
     model, size = make(mode), (10_000, 10_000)
     coord = pixel_coords(torch.tensor([0, 12_345_678, 99_999_999]), size)[None]
-    assert model(picture(), size=size, coord=coord).isfinite().all()
+    assert model(image(), size=size, coord=coord).isfinite().all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["liif", "lte"])
-def test_the_picture_has_no_seams(mode):
+def test_the_image_has_no_seams(mode):
     """Where the four codes change, and between HR pixels: steps shrink with the step's width."""
     model, size = make(mode), (36, 44)
-    encoded = model.encode(picture())
+    encoded = model.encode(image())
     seam = pixel_coords(torch.arange(99), (9, 11))  # on centres of LR pixels
     for axis in (0, 1):
         shift = torch.zeros(2)
@@ -340,7 +339,7 @@ def test_the_picture_has_no_seams(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision(mode):
     """Encoders in bf16 leave HR in float32; matrices of the decoder may be bf16."""
-    model, lr = make(mode), picture()
+    model, lr = make(mode), image()
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             encoded = model.encode(lr)
@@ -354,7 +353,7 @@ def test_half_precision(mode):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_format_does_not_matter(mode):
-    model, lr = make(mode), picture(b=2)
+    model, lr = make(mode), image(b=2)
     want = model(lr, scale=2.5)
     last = model.to(memory_format=torch.channels_last)
     close(last(lr.contiguous(memory_format=torch.channels_last), scale=2.5), want)
@@ -405,7 +404,7 @@ def test_compiled(mode):
     eager, compiled = make(mode), make(mode).compile(backend="aot_eager")
     with torch.inference_mode():
         for h, w, scale in [(12, 13, 2), (20, 31, 3.3), (15, 15, 4), (33, 18, 2.5)]:
-            lr = picture(h, w)
+            lr = image(h, w)
             close(compiled(lr, scale=scale), eager(lr, scale=scale))
 
 
@@ -422,7 +421,7 @@ def test_liif_at_scale_one_of_a_constant_is_constant():
     for p in model.head.decoder.layers.parameters():
         p.zero_()
     close(model(lr, size=(13, 9)), base, atol=1e-6)
-    lr = picture()
+    lr = image()
     base = F.interpolate(lr, (31, 25), mode="bilinear", align_corners=False)
     close(model(lr, size=(31, 25)), base, atol=1e-6)
 

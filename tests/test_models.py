@@ -1,10 +1,13 @@
-"""What the three modes share: which pictures, sizes and scales a model takes."""
+"""What the three modes share: which images, sizes and scales a model takes."""
 
 import numpy as np
 import pytest
 import torch
 
+from gsr.config import BankConfig, EncoderConfig, ModelConfig
 from gsr.errors import InputError
+from gsr.models import GaussianSR
+from gsr.models.registry import HEADS
 from gsr.models.sizes import resolve_size
 
 
@@ -24,6 +27,19 @@ def test_other_tensors_are_refused(tiny_model, lr):
         with pytest.raises(InputError) as caught:
             call(lr)
         assert str(caught.value).endswith(f"[0, 1], not {lr.dtype} {list(lr.shape)}")
+
+
+@pytest.mark.parametrize("mode", HEADS)
+def test_every_head_takes_seeds(mode):
+    """`train.py` gives them to every model; the noise of a bank's training alone uses them."""
+    config = ModelConfig(mode, EncoderConfig(n_feats=12, n_blocks=1), bank=BankConfig(points=9))
+    model, lr = GaussianSR(config), torch.rand(2, 3, 8, 8)
+    a, b, c = (model.train().encode(lr, seeds) for seeds in ([1, 2], [1, 2], [1, 3]))
+    assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+    drawn = mode in ("field", "official")
+    assert all(torch.equal(*pair) for pair in zip(a, c, strict=True)) != drawn
+    a, b = (model.eval().encode(lr, seeds) for seeds in ([1, 2], None))
+    assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 2), (1, 0, 2), (1, 7, 3), (7, 2)])

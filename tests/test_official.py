@@ -12,7 +12,7 @@ from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
 from gsr.data.patches import pixel_coords
 from gsr.errors import InputError
 from gsr.models import GaussianSR
-from gsr.models.heads import decoder
+from gsr.models.heads import fourier
 from gsr.models.heads.official import shared_splat, window_kernels, window_side
 from gsr.models.published import load_published
 
@@ -47,7 +47,7 @@ def make(seed=0, **bank):
     return model
 
 
-def picture(h=9, w=11, b=1, seed=0):
+def image(h=9, w=11, b=1, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
@@ -56,7 +56,7 @@ def close(a, b, atol=1e-5):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "train"])
-def test_golden_pictures(published, case):
+def test_golden_images(published, case):
     scale, golden = (
         CASES[case]["scale"],
         {k.removeprefix(f"{case}."): v for k, v in TENSORS.items() if k.startswith(f"{case}.")},
@@ -65,7 +65,8 @@ def test_golden_pictures(published, case):
     size = golden["output"].shape[-2:]
     with torch.no_grad():
         encoded = published.encode(golden["input"] / 2 + 0.5)
-        splatted = published.head.splat_rows(encoded, size, (scale, scale))(0, size[0])
+        splat = published.head.prepare(encoded, (scale, scale))
+        splatted = published.head.splat_rows(splat, (0, size[0]), size=size)
         output = published.render(encoded, size, scale)
     close(encoded.features, golden["features"])
     close(splatted, golden["splatted"])
@@ -175,9 +176,9 @@ def test_weights_stay_finite_where_rho_exceeds_one():
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (0, 20), (13, 14), (17, 40), (39, 40), (0, 40)])
-def test_rows_are_rows_of_the_picture(rows):
+def test_rows_are_rows_of_the_image(rows):
     model, size = make(), (40, 33)
-    encoded = model.encode(picture(b=2))
+    encoded = model.encode(image(b=2))
     whole = model.render(encoded, size, (4.4, 3))
     assert whole.std() > 0.02
     close(model.render(encoded, size, (4.4, 3), rows=rows), whole[:, :, slice(*rows)])
@@ -195,22 +196,23 @@ def test_splat_by_rows(size):
     close(whole, want)
     for first in range(size[0]):
         last = min(size[0], first + 1 + first % 3)
-        close(shared_splat(features, kernels, side, size, (first, last)), whole[:, :, first:last])
+        part = shared_splat(features, kernels, side, size, rows=(first, last))
+        close(part, whole[:, :, first:last])
 
 
 def test_strips_of_any_height_agree(monkeypatch):
     model, size = make(), (25, 30)
-    encoded = model.encode(picture())
+    encoded = model.encode(image())
     whole = model.render(encoded, size)
     for pixels in (1, 70, 300):
-        monkeypatch.setattr(decoder, "STRIP", pixels)
+        monkeypatch.setattr(fourier, "STRIP", pixels)
         close(model.render(encoded, size), whole)
 
 
 # x1.5 and x2.5 put HR pixels midway between LR pixels.
 @pytest.mark.parametrize("size", [(8, 9), (9, 11), (14, 17), (22, 28), (36, 44), (20, 60)])
-def test_queries_are_pixels_of_the_picture(size, monkeypatch):
-    model, lr = make(), picture(b=2)
+def test_queries_are_pixels_of_the_image(size, monkeypatch):
+    model, lr = make(), image(b=2)
     with torch.no_grad():
         whole = model(lr, size=size)
         coord = pixel_coords(torch.arange(size[0] * size[1]), size).expand(2, -1, -1)
@@ -218,12 +220,12 @@ def test_queries_are_pixels_of_the_picture(size, monkeypatch):
         close(at.mT.reshape(whole.shape), whole)
         few = torch.randperm(size[0] * size[1])[:7]
         close(model(lr, size=size, coord=coord[:, few]), at[:, few])
-        monkeypatch.setattr(decoder, "QUERIES", 5)  # a picture at a time
+        monkeypatch.setattr(fourier, "QUERIES", 5)  # an image at a time
         close(model(lr, size=size, coord=coord[:, few]), at[:, few])
 
 
 def test_queries_do_not_depend_on_how_their_coordinates_are_rounded():
-    model, lr, size = make(), picture(10, 10), (15, 25)
+    model, lr, size = make(), image(10, 10), (15, 25)
     coord = pixel_coords(torch.arange(15 * 25), size)[None]
     y, x = ((2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in size)
     other = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(1, -1, 2)
@@ -235,14 +237,14 @@ def test_queries_do_not_depend_on_how_their_coordinates_are_rounded():
 
 def test_between_pixels_the_waves_go_on():
     """coef and freq are the nearest HR pixel's, the relative coordinate is the query's own."""
-    model, lr, size = make(), picture(), (27, 33)
+    model, lr, size = make(), image(), (27, 33)
     pixel = pixel_coords(torch.tensor([200]), size)[None]
     here, near, next_pixel = (model(lr, size=size, coord=pixel + step / 33) for step in (0, 0.5, 2))
     assert 1e-4 < (near - here).abs().max() < (next_pixel - here).abs().max()
 
 
 def test_evaluation_is_deterministic_unless_gumbel():
-    model, lr = make(), picture()
+    model, lr = make(), image()
     assert torch.equal(model(lr, scale=2), model(lr, scale=2))
     model.head.config.assignment = "gumbel"
     model.head.classifier.weight.data.zero_()
@@ -254,7 +256,7 @@ def test_evaluation_is_deterministic_unless_gumbel():
 
 
 def test_the_batch_matters_as_published():
-    model, lr = make(), picture(b=2)
+    model, lr = make(), image(b=2)
     alone = torch.cat([model(lr[i : i + 1], scale=2) for i in (0, 1)])
     assert (model(lr, scale=2) - alone).abs().max() > 1e-3
 
@@ -262,13 +264,13 @@ def test_the_batch_matters_as_published():
 def test_gradients_reach_every_parameter():
     model = make().train()
     coord = pixel_coords(torch.arange(0, 600, 7), (27, 33)).expand(2, -1, -1)
-    model(picture(b=2), size=(27, 33), coord=coord).square().sum().backward()
+    model(image(b=2), size=(27, 33), coord=coord).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
 def test_encoded_tensors_can_be_cut_and_joined():
-    model, lr = make(), picture(16, 20)
+    model, lr = make(), image(16, 20)
     parts = [model.encode(lr[..., :14]), model.encode(lr[..., 4:])]  # halo 5
     joined = type(parts[0])(
         *(torch.cat([a[..., :9], b[..., 5:]], dim=-1) for a, b in zip(*parts, strict=True))
@@ -279,11 +281,11 @@ def test_encoded_tensors_can_be_cut_and_joined():
 @pytest.mark.parametrize("scale", [0.64, (2.0, 0.5), (0.5, 2.0)])
 def test_scales_too_small_for_the_kernel_are_refused(scale):
     with pytest.raises(InputError, match="scale above 0.643"):
-        make()(picture(20, 20), scale=scale)
+        make()(image(20, 20), scale=scale)
 
 
 def test_least_scale():
-    assert make()(picture(20, 20), scale=0.65).isfinite().all()
+    assert make()(image(20, 20), scale=0.65).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def load(path: str | os.PathLike | None = None) -> GaussianSR:
         InputError: as `load_model`, or this installation lacks the bundled model.
     """
     path = "lite" if path is None else path
-    if path not in BUNDLED:
+    if not isinstance(path, str) or path not in BUNDLED:
         return load_model(path)
     folder = BUNDLED[path]
     if not (folder / "config.json").is_file():
@@ -84,7 +84,11 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
 
 
 def assemble(
-    config: ModelConfig, tensors: dict[str, Any], refusal: str, named: Callable[[str], str] = str
+    config: ModelConfig,
+    tensors: dict[str, Any],
+    refusal: str,
+    *,
+    named: Callable[[str], str] = str,
 ) -> GaussianSR:
     """A model of these weights, which become float32, in evaluation mode.
 

@@ -1,14 +1,22 @@
 """GaussianSR: an encoder at LR and a head that renders at any size.
 
-A mode is a head: a module with `encode` (features to Gaussians, all at LR), `render` (a whole
-image), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
-`liif`, `lte` and `bicubic` are what they are compared with. To add one, write the class, name it in
+A mode is a head, a module with
+
+    halo                                       LR pixels that `encode` looks at around one
+    encode(features, lr, seeds=None)           features to Gaussians, all at LR: a named tuple
+    render(encoded, size, scale, *, rows, band, shared)        an image, or some of its rows
+    query(encoded, size, coord, scale)                         chosen points
+    rows_needed(rows, *, lr_size, size, scale)                 what `render` needs for some rows
+
+as the methods of `GaussianSR` describe them. `direct`, `field` and `official` splat; `liif`, `lte`
+and `bicubic` are what they are compared with. To add one, write the class, name it in
 `gsr.models.registry` and the mode in `gsr.config.ModelConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +41,9 @@ class GaussianSR(nn.Module):
     def __init__(self, config: ModelConfig | None = None):
         super().__init__()
         self.config = check(config or ModelConfig())
-        self.encoder = make_encoder(self.config.encoder)
-        self.head = make_head(self.config)
+        # Any: what `nn.Module` lets a type checker know of their methods is nothing.
+        self.encoder: Any = make_encoder(self.config.encoder)
+        self.head: Any = make_head(self.config)
         # dB of PSNR that bf16 costs, where it was measured; a model folder keeps it.
         self.bf16_loss: float | None = None
 
@@ -43,23 +52,30 @@ class GaussianSR(nn.Module):
         """LR pixels on each side that `encode` looks at around one LR pixel."""
         return self.encoder.halo + self.head.halo
 
-    def encode(self, lr: Tensor):
+    def encode(self, lr: Tensor, seeds: Sequence[int] | None = None):
         """LR image [B, 3, h, w] in [0, 1] to a named tuple of tensors [B, ..., h, w].
 
-        All that is learnt at LR happens here, once, whatever is rendered afterwards. Raises
-        InputError for a tensor of another shape, an empty one, or one of integers.
+        All that is learnt at LR happens here, once, whatever is rendered afterwards.
+
+        Args:
+            lr: the image.
+            seeds: one an image, of the Gumbel noise that `field` and `official` draw in training;
+                without them PyTorch's global generator is used.
+
+        Raises:
+            InputError: a tensor of another shape, an empty one, or one of integers.
         """
         check_lr(lr)
-        return self._encode(lr)
+        return self._encode(lr, seeds)
 
-    def _encode(self, lr: Tensor):
-        return self.head.encode(self.encoder(lr), lr)
+    def _encode(self, lr: Tensor, seeds: Sequence[int] | None = None):
+        return self.head.encode(self.encoder(lr), lr, seeds)
 
     def stream(self, last: Callable | None = None) -> Chain:
         """`encode` by bands of rows, see `gsr.models.stream`.
 
-        An encoder without a stream of its own is run with its halo around each band. `last` takes
-        the place of the head's `encode`.
+        An encoder without a stream of its own is run with its halo around each band. `last`, of
+        features and LR, takes the place of the head's `encode`.
         """
         encoder = self.encoder
         inner = encoder.stream() if hasattr(encoder, "stream") else Layer(encoder, encoder.halo)
@@ -67,25 +83,25 @@ class GaussianSR(nn.Module):
         return Chain(both, Layer(last or self.head.encode, self.head.halo))
 
     def rows_needed(self, rows, lr_size, size, scale=None) -> tuple[int, int]:
-        """First and end of the LR rows of `encoded` on which HR rows (first, last) depend."""
+        """The LR rows (start, stop) of `encoded` on which HR rows (start, stop) depend."""
         size, scale = resolve_size(lr_size, size, scale)
-        return self.head.rows_needed(rows, lr_size, size, scale)
+        return self.head.rows_needed(rows, lr_size=lr_size, size=size, scale=scale)
 
     def render(self, encoded, size, scale=None, rows=None, band=None, shared=None) -> Tensor:
         """HR image [B, 3, H, W] of `size` (H, W) from `encode`'s result, not clamped.
 
         Args:
             scale: (s_y, s_x), matters to `official` only, see `resolve_size`.
-            rows: (first, last), renders only those rows of the image.
-            band: (top, height): `encoded` holds only the rows from `top` on of a LR image of that
-                height, among them those that `rows_needed` asks for.
+            rows: (start, stop), renders only those rows of the image.
+            band: (start, height): `encoded` holds only the rows from `start` on of an LR image of
+                that height, among them those that `rows_needed` asks for.
             shared: what `head.shared` has made of the whole image, where the head has that.
         """
         h, w = encoded[0].shape[-2:]
         size, scale = resolve_size((h if band is None else band[1], w), size, scale)
         if rows is not None and not 0 <= rows[0] < rows[1] <= size[0]:
             raise InputError(f"rows {tuple(rows)} are not rows of an image of height {size[0]}")
-        return self.head.render(encoded, size, scale, rows, band, shared)
+        return self.head.render(encoded, size, scale, rows=rows, band=band, shared=shared)
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """Colours [B, Q, 3] of the HR image of `size` at `coord` [B, Q, 2].
@@ -126,5 +142,5 @@ class GaussianSR(nn.Module):
         size, scale = resolve_size(lr.shape[-2:], size, scale)
         encoded = self._encode(lr)
         if coord is None:
-            return self.head.render(encoded, size, scale, None)
+            return self.head.render(encoded, size, scale)
         return self.head.query(encoded, size, coord, scale)

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from os import PathLike
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ def load_published(path: str | PathLike) -> GaussianSR:
             "published model"
         ) from None
     tensors = {_rename(k): v for k, v in state.items()}
-    return assemble(config, tensors, f"{path} does not fit the published model", _rename_back)
+    refusal = f"{path} does not fit the published model"
+    return assemble(config, tensors, refusal, named=_rename_back)
 
 
 def _read(path: Path) -> object:
@@ -136,7 +138,7 @@ def _is_pickle(path: Path) -> bool:
 def _config(path: Path, args: object, state: dict[str, Tensor]) -> ModelConfig:
     """The architecture that `args` and the shapes of the tensors describe."""
 
-    def refuse(key: str, value: object, want: object):
+    def refuse(key: str, value: object, want: object) -> NoReturn:
         raise InputError(
             f"{path}: the checkpoint's args say {key} = {value!r}, where only {want!r} can be "
             "loaded: give a checkpoint of an unchanged published model"

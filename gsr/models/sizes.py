@@ -27,14 +27,14 @@ def resolve_size(lr_size, size=None, scale=None) -> tuple[tuple[int, int], tuple
     Raises:
         InputError: neither is given, or one is not as `check_size` and `check_scale` want it.
     """
-    if size is None and scale is None:
-        raise InputError("give size=(H, W) or scale")
-    if scale is not None:
-        scale = check_scale(scale)
-    if size is None:
-        size = tuple(round(n * s) for n, s in zip(lr_size, scale, strict=True))
-    size = check_size(size)
-    return size, scale or tuple(n_hr / n for n, n_hr in zip(lr_size, size, strict=True))
+    h, w = lr_size
+    if scale is None:
+        if size is None:
+            raise InputError("give size=(H, W) or scale")
+        size = check_size(size)
+        return size, (size[0] / h, size[1] / w)
+    s_y, s_x = check_scale(scale)
+    return check_size((round(h * s_y), round(w * s_x)) if size is None else size), (s_y, s_x)
 
 
 def check_scale(scale: Any) -> tuple[float, float]:

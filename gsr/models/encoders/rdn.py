@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class DenseBlock(nn.Module):
 
     def __init__(self, n_feats: int, growth: int, layers: int):
         super().__init__()
-        self.convs = nn.ModuleList(
+        self.convs: Any = nn.ModuleList(
             nn.Conv2d(n_feats + i * growth, growth, 3, padding=1) for i in range(layers)
         )
         self.fuse = nn.Conv2d(n_feats + layers * growth, n_feats, 1)
@@ -48,7 +49,7 @@ class RDN(nn.Module):
         c, n, layers = config.n_feats, config.n_blocks, config.layers
         self.first = nn.Conv2d(3, c, 3, padding=1)
         self.second = nn.Conv2d(c, c, 3, padding=1)
-        self.blocks = nn.ModuleList(DenseBlock(c, config.growth, layers) for _ in range(n))
+        self.blocks: Any = nn.ModuleList(DenseBlock(c, config.growth, layers) for _ in range(n))
         self.fuse = nn.Conv2d(n * c, c, 1)
         self.last = nn.Conv2d(c, c, 3, padding=1)
         self.out_channels = c

@@ -9,6 +9,8 @@ left out: it notes itself that it does nothing for super-resolution.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -122,7 +124,7 @@ class Group(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, window: int):
         super().__init__()
-        self.blocks = nn.Sequential(
+        self.blocks: Any = nn.Sequential(
             *[Block(dim, heads, window, i % 2 * (window // 2)) for i in range(depth)]
         )
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
@@ -156,7 +158,7 @@ class SwinIR(nn.Module):
         dim, self.window = config.dim, config.window
         self.first = nn.Conv2d(3, dim, 3, padding=1)
         self.norm = Norm(dim)
-        self.groups = nn.Sequential(
+        self.groups: Any = nn.Sequential(
             *[Group(dim, depth, config.heads, self.window) for depth in config.depths]
         )
         self.last_norm = Norm(dim)

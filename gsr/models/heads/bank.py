@@ -1,9 +1,9 @@
 """The Gaussian bank, and what `official` and `field` build around it.
 
 A bank holds N Gaussians. At every LR pixel a classifier weighs them ("selective Gaussian
-assignment"), and the pixel's own Gaussian is the weighted mean of their parameters. The first few
-feature channels are splatted with these Gaussians, the others are resized bicubically, and a
-Fourier decoder turns both into colours. The two modes differ in the splat only.
+assignment"), and the pixel's own Gaussian is the weighted mean of their parameters. With these
+Gaussians the first few feature channels are splatted, see `gsr.models.heads.fourier`. The two modes
+differ in the splat only.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
-from gsr.device import autocast_dtype
 from gsr.errors import InputError
-from gsr.models.heads.decoder import FourierDecoder, neighbourhoods
-from gsr.ops import rows_needed
-from gsr.ops.resize import bicubic_rows
+from gsr.models.heads.decoder import FourierDecoder, float32_at_least
+from gsr.models.heads.fourier import FourierHead
 
 
 def assign(
-    logits: Tensor, kind: str, hard: bool = False, seeds: Sequence[int] | None = None
+    logits: Tensor, kind: str, *, hard: bool = False, seeds: Sequence[int] | None = None
 ) -> Tensor:
     """Weights of the Gaussians of the bank at every pixel, summing to 1: [B, N, h, w] both.
 
@@ -129,14 +127,11 @@ class BankEncoded(NamedTuple):
 
     features: Tensor  # [B, C, h, w]
     gaussians: Tensor  # [B, 4, h, w], in the order of `GaussianBank.table`
-    base: Tensor  # see `FourierDecoder.base`
+    lr: Tensor  # [B, 3, h, w]; [B, 0, h, w] without a skip connection
 
 
-class BankHead(nn.Module):
+class BankHead(FourierHead):
     """What `official` and `field` share: everything but the splat.
-
-    A subclass gives `splat_rows` and `splat_around`, each of which prepares a splat onto an HR
-    image and returns a function that evaluates some of it.
 
     Args:
         config: the model's.
@@ -144,95 +139,26 @@ class BankHead(nn.Module):
     """
 
     halo = 1  # the classifier
-    seeds: Sequence[int] | None = None  # of the Gumbel noise in training, see `assign`
 
     def __init__(self, config: ModelConfig, bank: GaussianBank):
         super().__init__()
         n_feats, self.config = config.encoder.n_feats, config.bank
+        self.channels = self.config.channels
         self.classifier = nn.Conv2d(n_feats, self.config.points, 3, padding=1)
         self.bank = bank
         self.decoder = FourierDecoder(n_feats, config.decoder)
 
-    def encode(self, features: Tensor, lr: Tensor) -> BankEncoded:
-        """Features [B, C, h, w] to features and Gaussians; the Gumbel noise is drawn here."""
+    def encode(
+        self, features: Tensor, lr: Tensor, seeds: Sequence[int] | None = None
+    ) -> BankEncoded:
+        """Features [B, C, h, w] and LR [B, 3, h, w] to features and Gaussians.
+
+        The Gumbel noise is drawn here, if any; `seeds` are those of `assign`.
+        """
         logits = self.classifier(features)
         kind = self.config.train_assignment if self.training else self.config.assignment
+        lr = lr if self.decoder.skip else lr[:, :0]
         with torch.autocast(features.device.type, enabled=False):
-            if features.dtype in (torch.float16, torch.bfloat16):  # HR is always fp32
-                features, logits = features.float(), logits.float()
-            weights = assign(logits, kind, not self.training, self.seeds if self.training else None)
-            return BankEncoded(features, self.bank(weights), self.decoder.base(lr))
-
-    def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
-        """First and end of the LR rows on which HR rows depend."""
-        rows = max(rows[0] - 1, 0), min(rows[1] + 1, size[0])  # the decoder's 3 x 3 convolutions
-        splat = self.splat_rows_needed(rows, lr_size, size, scale)
-        rest = rows_needed(rows, lr_size[0], size[0], 2)  # the taps of bicubic resizing
-        return min(splat[0], rest[0]), max(splat[1], rest[1])
-
-    def render(
-        self, encoded: BankEncoded, size, scale, rows=None, band=None, shared=None
-    ) -> Tensor:
-        """See `GaussianSR.render`. Nothing but the result is held for more than a strip of rows.
-
-        Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
-        """
-        device = encoded.features.device.type
-        dtype = autocast_dtype(device) or torch.float32
-        with torch.autocast(device, enabled=False):
-            out = self._render(encoded, size, scale, rows, band, shared, dtype)
-            return self.decoder.over(out, encoded.base, size, rows, band)
-
-    def _render(self, encoded: BankEncoded, size, scale, rows, band, shared, dtype) -> Tensor:
-        splat = self.splat_rows(encoded, size, scale, band, shared)
-        channels = self.config.channels
-
-        def strip(first: int, last: int) -> tuple[Tensor, Tensor]:
-            tall = bicubic_rows(encoded.features[:, channels:], size[0], (first, last), band)
-            return splat(first, last), tall
-
-        b, _, h, w = encoded.features.shape
-        lr_size = h if band is None else band[1], w
-        return self.decoder.render(strip, channels, b, lr_size, size, rows, dtype)
-
-    def query(self, encoded: BankEncoded, size, coord: Tensor, scale) -> Tensor:
-        """See `GaussianSR.query`."""
-        tensors, splat = self.splat_around(encoded, size, scale, coord.shape[1])
-
-        def neighbours(tensors, y: Tensor, x: Tensor) -> Tensor:
-            features, *rest = tensors
-            return neighbourhoods(features, splat(rest, y, x), size, y, x)
-
-        lr_size = encoded.features.shape[-2:]
-        tensors = encoded.features, *tensors
-        out = self.decoder.query(neighbours, tensors, coord, lr_size, size)
-        return self.decoder.over_at(out, encoded.base, coord)
-
-    def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
-        """A function of (first, last) giving those rows of the splatted stream [B, c, rows, W]."""
-        raise NotImplementedError
-
-    def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
-        """First and end of the LR rows on which those rows of it depend."""
-        raise NotImplementedError
-
-    def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
-        """Tensors [B, ...], and a function of such for some images and of HR pixels (y, x),
-        [B, Q] each, giving [B, Q, 9, c]: the splatted stream at the 3 x 3 pixels around each, row
-        by row, and anything finite beyond the image."""
-        raise NotImplementedError
-
-
-def around(y: Tensor, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The 3 x 3 pixels around pixels (y, x), [B, Q] each, moved into an image: [B, 9 Q] each."""
-    step = torch.arange(-1, 2, device=y.device)
-    y, x = y[..., None] + step.repeat_interleave(3), x[..., None] + step.repeat(3)
-    return y.clamp(0, size[0] - 1).flatten(1), x.clamp(0, size[1] - 1).flatten(1)
-
-
-def gather_pixels(values: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Pixels (y, x), [B, P] each, of an image [B, C, H, W]: [B, P, C]."""
-    b, c, h, w = values.shape
-    image = torch.arange(b, device=y.device)[:, None]
-    index = ((image * h + y) * w + x).flatten()
-    return values.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index).view(*y.shape, c)
+            features, logits, lr = (float32_at_least(t) for t in (features, logits, lr))
+            weights = assign(logits, kind, hard=not self.training, seeds=seeds)
+            return BankEncoded(features, self.bank(weights), lr)

@@ -7,7 +7,9 @@ threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from gsr.ops.resize import cubic
 
-if numba.config.DISABLE_JIT:
+if numba.config.DISABLE_JIT:  # pyright: ignore  # Numba sets it as it is imported
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 BLOCK = 1024  # pixels of a task
@@ -38,20 +40,22 @@ def _entry(function):
         return numba.njit(**options)(function)
 
 
-def _run(task, n: int, step: int = BLOCK, pixels: int = 1) -> None:
-    """task(first, last) for consecutive parts of range(n), on PyTorch's number of threads.
+def _run(
+    function: Callable, arguments: Sequence[Any], n: int, *, step: int = BLOCK, pixels: int = 1
+) -> None:
+    """function(*arguments, start, stop) for consecutive parts of range(n), on PyTorch's threads.
 
     Each of the n is so many pixels.
     """
-    parts = [(first, min(first + step, n)) for first in range(0, n, step)]
+    parts = [(start, min(start + step, n)) for start in range(0, n, step)]
     # Between PyTorch's steps, whose threads spin for a while, another thread for little work costs
     # more than it brings.
     if torch.get_num_threads() == 1 or n * pixels <= 4 * BLOCK:
         for part in parts:
-            task(*part)
+            function(*arguments, *part)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(task, *zip(*parts, strict=True)))
+            list(pool.map(lambda part: function(*arguments, *part), parts))
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
@@ -75,9 +79,9 @@ def _sin_cos(t):
 
 
 @_entry
-def _waves(out, both, ry, rx, phase, first, last):
+def _waves(out, both, ry, rx, phase, start, stop):
     m = len(phase)
-    for n in range(first, last):
+    for n in range(start, stop):
         a, f = both[4 * m * n : 4 * m * n + 2 * m], both[4 * m * n + 2 * m : 4 * m * (n + 1)]
         o, y, x = out[2 * m * n : 2 * m * (n + 1)], ry[n], rx[n]
         for i in range(m):
@@ -87,13 +91,12 @@ def _waves(out, both, ry, rx, phase, first, last):
 
 
 @_entry
-def _waves_backward(out, phase_sums, grad, both, ry, rx, phase, first, last):
-    """`out` is the gradient of `both`; that of the phase is added to `phase_sums`."""
-    m = len(phase)
-    for n in range(first, last):
-        start, middle, end = 4 * m * n, 4 * m * n + 2 * m, 4 * m * (n + 1)
-        a, f = both[start:middle], both[middle:end]
-        to_a, to_f = out[start:middle], out[middle:end]
+def _waves_backward(out, phases, grad, both, ry, rx, phase, start, stop):
+    """`out` is the gradient of `both`; that of the phase is added to the task's row of `phases`."""
+    m, phase_sums = len(phase), phases[start // BLOCK]
+    for n in range(start, stop):
+        a, f = both[4 * m * n : 4 * m * n + 2 * m], both[4 * m * n + 2 * m : 4 * m * (n + 1)]
+        to_a, to_f = out[4 * m * n : 4 * m * n + 2 * m], out[4 * m * n + 2 * m : 4 * m * (n + 1)]
         g, y, x = grad[2 * m * n : 2 * m * (n + 1)], ry[n], rx[n]
         for i in range(m):
             sin, cos = _sin_cos(f[i] * y + f[i + m] * x + phase[i])
@@ -110,8 +113,7 @@ class _Modulate(torch.autograd.Function):
     def forward(ctx, both, ry, rx, phase):
         ctx.save_for_backward(both, ry, rx, phase)
         out = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-        arrays = [_flat(t) for t in (out, both, ry, rx, phase)]
-        _run(lambda i, j: _waves(*arrays, i, j), ry.numel())
+        _run(_waves, [_flat(t) for t in (out, both, ry, rx, phase)], ry.numel())
         return out
 
     @staticmethod
@@ -121,24 +123,23 @@ class _Modulate(torch.autograd.Function):
         out, n = torch.empty_like(ctx.saved_tensors[0]), ctx.saved_tensors[1].numel()
         phases = torch.zeros(-(-n // BLOCK), len(phase))
         arrays = [_flat(t) for t in (grad, *ctx.saved_tensors)]
-        to, sums = _flat(out), phases.numpy()
-        _run(lambda i, j: _waves_backward(to, sums[i // BLOCK], *arrays, i, j), n)
+        _run(_waves_backward, [_flat(out), phases.numpy(), *arrays], n)
         return out, None, None, phases.sum(0)
 
 
 @_entry
-def _waves_bf16(out, both, ry, rx, phase, first, last):
+def _waves_bf16(out, both, ry, rx, phase, start, stop):
     """`_waves` with a result of bfloat16 as int16: the upper halves of float32."""
     m = len(phase)
     sums = np.empty(2 * m, np.int32)
     results = sums.view(np.float32)
-    for n in range(first, last):
+    for n in range(start, stop):
         _waves(results, both[4 * m * n :], ry[n : n + 1], rx[n : n + 1], phase, 0, 1)
         for i in range(2 * m):  # to the nearest, halves to even
             out[2 * m * n + i] = (sums[i] + 0x7FFF + ((sums[i] >> 16) & 1)) >> 16
 
 
-def modulate(both: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype: torch.dtype) -> Tensor:
+def modulate(both: Tensor, ry: Tensor, rx: Tensor, *, phase: Tensor, dtype: torch.dtype) -> Tensor:
     """Amplitudes times waves, computed in float32.
 
     Args:
@@ -153,10 +154,11 @@ def modulate(both: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype: torch.d
     """
     wanted = torch.is_grad_enabled() and (both.requires_grad or phase.requires_grad)
     if dtype == torch.float32 or wanted:
-        return _Modulate.apply(both, ry, rx, phase).to(dtype)
+        out: Any = _Modulate.apply(both, ry, rx, phase)
+        return out.to(dtype)
     out = both.new_empty(*both.shape[:-1], both.shape[-1] // 2, dtype=dtype)
     arrays = [_flat(t) for t in (out.view(torch.int16), both, ry, rx, phase)]
-    _run(lambda i, j: _waves_bf16(*arrays, i, j), ry.numel())
+    _run(_waves_bf16, arrays, ry.numel())
     return out
 
 
@@ -164,15 +166,15 @@ def modulate(both: Tensor, ry: Tensor, rx: Tensor, phase: Tensor, dtype: torch.d
 
 
 @_entry
-def _resize(out, taps, at, weights, first, last):
-    """Add to rows first ... last - 1 of out [N, W, D] what taps [N, w, 3, D] give resized.
+def _resize(out, taps, at, weights, start, stop):
+    """Add to rows start ... stop - 1 of out [N, W, D] what taps [N, w, 3, D] give resized.
 
-    at [W, 3] and weights [W, 3, 4]: the first LR column, and the weight of four, for a kernel's
+    at [W, 3] and weights [W, 3, 4]: the leftmost LR column, and the weight of four, for a kernel's
     column at an HR column.
     """
     _, width, depth = out.shape
     w = taps.shape[1]
-    for n in range(first, last):
+    for n in range(start, stop):
         for x in range(width):
             o = out[n, x]
             for j in range(3):
@@ -196,14 +198,14 @@ def add_resized(waves: Tensor, taps: Tensor) -> Tensor:
     w = taps.shape[2]
     column = torch.arange(width)[:, None] + torch.arange(-1, 2)
     position = torch.tensor(float(w)) / width * (column + 0.5) - 0.5  # float32, as PyTorch's
-    first = torch.floor(position)
-    weights = cubic(((position - first)[..., None] - torch.arange(-1, 3)).abs())
+    before = torch.floor(position)
+    weights = cubic(((position - before)[..., None] - torch.arange(-1, 3)).abs())
     weights = weights * ((column >= 0) & (column < width))[..., None]
     arrays = [
         t.numpy() for t in (waves.view(b * n, width, depth), taps.view(b * n, w, 3, depth),
-                            first.long() - 1, weights)
+                            before.long() - 1, weights)
     ]  # fmt: skip
-    _run(lambda i, j: _resize(*arrays, i, j), b * n, max(1, BLOCK // width), width)
+    _run(_resize, arrays, b * n, step=max(1, BLOCK // width), pixels=width)
     return waves
 
 
@@ -214,16 +216,16 @@ def add_resized(waves: Tensor, taps: Tensor) -> Tensor:
 
 
 @_entry
-def _gather(out, features, splatted, at, weights, outside, h, w, queries, first, last):
-    """Fill out [B Q, 3, 3, C] for the queries first ... last - 1.
+def _gather(out, features, splatted, at, weights, outside, h, w, queries, start, stop):
+    """Fill out [B Q, 3, 3, C] for the queries start ... stop - 1.
 
-    features [B h, w, C], splatted [B Q, 3, 3, c], at [B Q, 2, 3] (first tap), weights
+    features [B h, w, C], splatted [B Q, 3, 3, c], at [B Q, 2, 3] (the first of four taps), weights
     [B Q, 2, 3, 4], outside [B Q, 2, 3].
     """
     c = splatted.shape[3]
     rest = features.shape[2] - c
     tall = np.empty((12, rest), features.dtype)
-    for q in range(first, last):
+    for q in range(start, stop):
         image = q // queries * h
         for i in range(3):
             y, (v_0, v_1, v_2, v_3) = at[q, 0, i], _four(weights[q, 0, i])
@@ -264,11 +266,11 @@ def _four_rows(features, image, y, h):
 
 
 @_entry
-def _scatter(features, grad, at, weights, outside, h, w, queries, c, first, last):
-    """Add to features [B h, w, C] what the queries of the images first ... last - 1 give back."""
+def _scatter(features, grad, at, weights, outside, h, w, queries, c, start, stop):
+    """Add to features [B h, w, C] what the queries of the images start ... stop - 1 give back."""
     rest = features.shape[2] - c
     tall = np.empty((12, rest), features.dtype)
-    for q in range(first * queries, last * queries):
+    for q in range(start * queries, stop * queries):
         image = q // queries * h
         for i in range(3):
             if outside[q, 0, i]:
@@ -320,7 +322,7 @@ class _Neighbourhoods(torch.autograd.Function):
         cut = splatted.detach().reshape(b * queries, 3, 3, c).numpy()
         tables = [t.flatten(0, 1).numpy() for t in (at, weights, outside)]
         to = out.view(b * queries, 3, 3, c_all).numpy()
-        _run(lambda i, j: _gather(to, pixels, cut, *tables, h, w, queries, i, j), b * queries)
+        _run(_gather, [to, pixels, cut, *tables, h, w, queries], b * queries)
         return out
 
     @staticmethod
@@ -331,25 +333,27 @@ class _Neighbourhoods(torch.autograd.Function):
         features = grad.new_zeros(b, h, w, c_all)
         to, given = features.view(b * h, w, c_all).numpy(), grad.reshape(-1, 3, 3, c_all).numpy()
         tables = [t.flatten(0, 1).numpy() for t in ctx.saved_tensors]
-        _run(  # an image a task, so that its sums have one order
-            lambda i, j: _scatter(to, given, *tables, h, w, queries, ctx.c, i, j), b, 1, queries
-        )
+        # An image a task, so that its sums have one order.
+        _run(_scatter, [to, given, *tables, h, w, queries, ctx.c], b, step=1, pixels=queries)
         outside = ctx.saved_tensors[2]
         outside = (outside[:, :, 0, :, None] | outside[:, :, 1, None, :]).flatten(2)
         splatted = grad[..., : ctx.c].masked_fill(outside[..., None], 0)
         return features.permute(0, 3, 1, 2), splatted, None, None, None
 
 
-def neighbourhoods(features: Tensor, splatted: Tensor, size, row: Tensor, column: Tensor) -> Tensor:
+def neighbourhoods(
+    features: Tensor, splatted: Tensor, *, y: Tensor, x: Tensor, size: tuple[int, int]
+) -> Tensor:
     """`gsr.models.heads.decoder.neighbourhoods`, which says what the arguments are."""
     h, w = features.shape[-2:]
     step = torch.arange(-1, 2)
-    pixel = torch.stack([row, column], dim=-1)[..., None] + step  # [B, Q, 2, 3]
+    pixel = torch.stack([y, x], dim=-1)[..., None] + step  # [B, Q, 2, 3]
     outside = (pixel < 0) | (pixel >= torch.tensor(size)[:, None])
     # As in `gsr.ops.resize.bicubic`: rows in float64, columns as PyTorch has them, in float32.
-    y = (pixel[:, :, 0] + 0.5).double() * h / size[0] - 0.5
-    x = torch.tensor(float(w)) / size[1] * (pixel[:, :, 1] + 0.5) - 0.5
-    position = torch.stack([y, x.double()], dim=2)
-    first = torch.floor(position)
-    away = (position - first).to(features.dtype)[..., None] - step.new_tensor([-1, 0, 1, 2])
-    return _Neighbourhoods.apply(features, splatted, first.long() - 1, cubic(away.abs()), outside)
+    row = (pixel[:, :, 0] + 0.5).double() * h / size[0] - 0.5
+    column = torch.tensor(float(w)) / size[1] * (pixel[:, :, 1] + 0.5) - 0.5
+    position = torch.stack([row, column.double()], dim=2)
+    before = torch.floor(position)
+    away = (position - before).to(features.dtype)[..., None] - step.new_tensor([-1, 0, 1, 2])
+    tables = before.long() - 1, cubic(away.abs()), outside
+    return _Neighbourhoods.apply(features, splatted, *tables)

@@ -1,6 +1,6 @@
 """The `direct` head: every LR pixel emits K coloured Gaussians, and nothing learnt runs at HR.
 
-HR = bicubic enlargement of LR + splat of the Gaussians, so an image that has been encoded once can
+HR = LR upsampled bicubically + splat of the Gaussians, so an image that has been encoded once can
 be rendered at any size for the price of the splat.
 """
 
@@ -44,7 +44,8 @@ class DirectHead(nn.Module):
     peak or less where its window ends, so that the image shows no seams there.
     """
 
-    halo = 1
+    halo = 1  # a 3 x 3 convolution
+    eps = 1e-2  # where the total weight is far below it, the residual fades out
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -57,19 +58,21 @@ class DirectHead(nn.Module):
         self._start()
 
     def _start(self):
-        """Start as the bicubic enlargement: no colour, Gaussians spread evenly over the pixel."""
+        """Start as bicubic upsampling: no colour, Gaussians spread evenly over the pixel."""
         side = math.ceil(math.sqrt(self.gaussians))
         with torch.no_grad():
-            self.out.weight.mul_(0.1)
-            weight = self.out.weight.view(self.gaussians, sum(CHANNELS), -1)
-            bias = self.out.bias.zero_().view(self.gaussians, sum(CHANNELS))
+            shape = self.gaussians, sum(CHANNELS), -1
+            weight, bias = (p.view(shape) for p in self.out.parameters())
+            weight.mul_(0.1)
             weight[:, :3] = 0
+            bias.zero_()
             for k in range(self.gaussians):
                 for axis, i in enumerate((k // side, k % side)):
                     centre = (i + 0.5) / side - 0.5
                     bias[k, 5 + axis] = math.atanh(centre / self.reach)
 
-    def encode(self, features: Tensor, lr: Tensor) -> DirectEncoded:
+    def encode(self, features: Tensor, lr: Tensor, seeds=None) -> DirectEncoded:
+        """Features [B, C, h, w] and LR [B, 3, h, w] to Gaussians, in float32."""
         x = self.out(self.activation(self.hidden(features)))
         # Planes: what is computed from here on, and the splat, take a parameter at a time.
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
@@ -85,25 +88,27 @@ class DirectHead(nn.Module):
             offset=self.reach * torch.tanh(offset),
         )
 
-    def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
-        """First and end of the LR rows on which HR rows depend; a bicubic tap is within 2."""
+    def rows_needed(self, rows, *, lr_size, size, scale=None) -> tuple[int, int]:
+        """See `GaussianSR.rows_needed`; a bicubic tap is within 2."""
         return rows_needed(rows, lr_size[0], size[0], max(self.radius, 2))
 
     def render(
-        self, e: DirectEncoded, size, scale=None, rows=None, band=None, shared=None
+        self, encoded: DirectEncoded, size, scale=None, *, rows=None, band=None, shared=None
     ) -> Tensor:
+        """See `GaussianSR.render`."""
+        e = encoded
         residual = splat(
             e.colour, e.sigma, e.rho, e.opacity, size, e.offset,
-            self.radius, self.normalize, self.eps, rows, band,
+            radius=self.radius, normalize=self.normalize, eps=self.eps, rows=rows, band=band,
         )  # fmt: skip
         return bicubic(e.lr, size, rows, band) + residual
 
-    def query(self, e: DirectEncoded, size, coord: Tensor, scale=None) -> Tensor:
-        extent = coord.new_tensor(e.lr.shape[-2:])
+    def query(self, encoded: DirectEncoded, size, coord: Tensor, scale=None) -> Tensor:
+        """See `GaussianSR.query`."""
+        e = encoded
+        points = ((coord + 1) * coord.new_tensor(e.lr.shape[-2:]) - 1) / 2  # LR pixels
         residual = splat_at(
-            e.colour, e.sigma, e.rho, e.opacity, ((coord + 1) * extent - 1) / 2, e.offset,
-            self.radius, self.normalize, self.eps,
+            e.colour, e.sigma, e.rho, e.opacity, points, e.offset,
+            radius=self.radius, normalize=self.normalize, eps=self.eps,
         )  # fmt: skip
         return bicubic_at(e.lr, coord) + residual
-
-    eps = 1e-2  # where the total weight is far below it, the residual fades out

@@ -9,8 +9,8 @@ alone is done at LR, once for all positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from gsr.config import LIIFConfig, ModelConfig
 from gsr.device import at_once, autocast_dtype, threaded_map
-from gsr.models.heads.decoder import QUERIES, affine, relative_cell
+from gsr.models.heads.decoder import (
+    QUERIES,
+    decoding_threads,
+    float32_at_least,
+    gather_pixels,
+    perceptron,
+    relative_cell,
+)
 from gsr.ops import rows_needed
 
 PIXELS = 2**9  # HR pixels that a thread decodes at a time: 2 MB a layer, which stay in the cache
@@ -42,9 +49,9 @@ def beside(position: Tensor, n: int) -> Side:
     two distances, so that the ensemble's weights are products of these; where all areas are 0, on
     the centres of the last row or column, these are their limit.
     """
-    first = torch.floor(position)
-    index = torch.stack([first, first + 1], dim=-1).clamp(0, n - 1)
-    behind = position - first
+    before = torch.floor(position)
+    index = torch.stack([before, before + 1], dim=-1).clamp(0, n - 1)
+    behind = position - before
     return Side(
         index.long(),
         (2 * (position[..., None] - index)).float(),
@@ -52,18 +59,20 @@ def beside(position: Tensor, n: int) -> Side:
     )
 
 
-def centres(first: int, end: int, n: int, n_hr: int, device=None) -> Tensor:
-    """Centres of HR pixels first ... end - 1 of n_hr, in LR pixels of n; float64."""
-    return (torch.arange(first, end, device=device, dtype=torch.float64) + 0.5) * n / n_hr - 0.5
+def centres(start: int, stop: int, n: int, *, n_hr: int, device=None) -> Tensor:
+    """Centres of HR pixels start ... stop - 1, of n_hr, in LR pixels of n; float64."""
+    return (torch.arange(start, stop, device=device, dtype=torch.float64) + 0.5) * n / n_hr - 0.5
 
 
 class EnsembleHead(nn.Module):
     """A head whose image is a local ensemble of `decoder`'s colours.
 
     Args:
-        decoder: has `encode` (features and LR to a named tuple, of which the first is what
-            `rgb` takes, and the second the LR image, which is enlarged bilinearly and added,
-            or none of its channels) and `rgb`.
+        decoder: has `encode`, features and LR to a named tuple of the codes [B, D, h, w] and of
+            `lr`, the LR image, which is upsampled bilinearly and added, or none of its channels;
+            and `rgb`: codes [..., D], the relative position (ry, rx), [..., 1] each in half LR
+            pixels, and the `cell` [2] of an HR pixel in these to colours [..., 3], with matrices
+            but the last multiplied in `dtype`.
         floats: channels that `encode` gives.
     """
 
@@ -71,60 +80,53 @@ class EnsembleHead(nn.Module):
 
     def __init__(self, decoder: nn.Module, floats: int):
         super().__init__()
-        self.decoder, self.floats = decoder, floats
+        self.decoder: Any = decoder
+        self.floats = floats
 
-    def encode(self, features: Tensor, lr: Tensor):
+    def encode(self, features: Tensor, lr: Tensor, seeds=None):
         """Features [B, C, h, w] to what the decoder keeps of them at LR, in float32 at least."""
         encoded = self.decoder.encode(features, lr)
-        half = torch.float16, torch.bfloat16
         # Channels last: a code is read as a whole.
-        return type(encoded)._make(
-            (t.float() if t.dtype in half else t).contiguous(memory_format=torch.channels_last)
-            for t in encoded
-        )
+        last = torch.channels_last
+        return encoded._make(float32_at_least(t).contiguous(memory_format=last) for t in encoded)
 
-    def rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
-        """First and end of the LR rows on which HR rows depend."""
+    def rows_needed(self, rows, *, lr_size, size, scale=None) -> tuple[int, int]:
+        """See `GaussianSR.rows_needed`."""
         return rows_needed(rows, lr_size[0], size[0], 1)
 
-    def render(self, encoded, size, scale=None, rows=None, band=None, shared=None) -> Tensor:
+    def render(self, encoded, size, scale=None, *, rows=None, band=None, shared=None) -> Tensor:
         """See `GaussianSR.render`. Nothing but the result is held for more than a few pixels.
 
         Within torch.autocast to bfloat16 the decoder multiplies matrices in that.
         """
-        device = encoded[0].device.type
-        dtype = autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return self._render(encoded, size, rows, band, dtype)
-
-    def _render(self, encoded, size, rows, band, dtype: torch.dtype | None) -> Tensor:
-        first, last = rows or (0, size[0])
+        start, stop = rows or (0, size[0])
         b, _, h, w = encoded[0].shape
         top, height = band or (0, h)
         device = encoded[0].device
-        x = beside(centres(0, size[1], w, size[1], device), w)
-        cell = relative_cell(encoded[0], (height, w), size)
-        out = encoded[0].new_empty(b, 3, last - first, size[1])
+        dtype = autocast_dtype(device.type)
+        with torch.autocast(device.type, enabled=False):
+            x = beside(centres(0, size[1], w, n_hr=size[1], device=device), w)
+            cell = relative_cell(encoded[0], (height, w), size)
+            out = encoded[0].new_empty(b, 3, stop - start, size[1])
 
-        def decode(part: tuple[int, int, int, int, int]) -> None:
-            image, above, below, left, right = part
-            y = beside(centres(above, below, height, size[0], device), height)
-            y = y._replace(index=y.index - top)
-            one = type(encoded)._make(t[image, None] for t in encoded)
-            rgb = self._ensemble(
-                one,
-                Side(*(t[None, :, None] for t in y)),
-                Side(*(t[None, None, left:right] for t in x)),
-                cell,
-                dtype,
-            )
-            out[image, :, above - first : below - first, left:right] = rgb[0].permute(2, 0, 1)
+            def render_piece(piece: tuple[int, slice, slice]) -> None:
+                image, part, columns = piece
+                position = centres(part.start, part.stop, height, n_hr=size[0], device=device)
+                y = beside(position, height)
+                y = y._replace(index=y.index - top)
+                rgb = self._ensemble(
+                    encoded._make(t[image, None] for t in encoded),
+                    Side(*(t[None, :, None] for t in y)),
+                    Side(*(t[None, None, columns] for t in x)),
+                    cell=cell,
+                    dtype=dtype,
+                )
+                part = slice(part.start - start, part.stop - start)
+                out[image, :, part, columns] = rgb[0].permute(2, 0, 1)
 
-        alone = device.type == "cpu" and "rgb" not in vars(self.decoder)
-        threads = torch.get_num_threads() if alone and not torch.is_grad_enabled() else 1
-        pixels = at_once(PIXELS, encoded[0])
-        threaded_map(decode, _parts(b, (first, last), size[1], pixels), threads)
-        return out
+            pieces = _pieces(b, (start, stop), size[1], pixels=at_once(PIXELS, out))
+            threaded_map(render_piece, pieces, decoding_threads(self.decoder))
+            return out
 
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """See `GaussianSR.query`."""
@@ -134,55 +136,40 @@ class EnsembleHead(nn.Module):
         most, out = at_once(QUERIES, encoded[0]), []
         n = max(1, most // coord.shape[1])
         for points, *part in zip(coord.split(n), *(t.split(n) for t in encoded), strict=True):
-            part, rgb = type(encoded)._make(part), []
+            part, rgb = encoded._make(part), []
             for some in points.split(max(1, most // len(points)), dim=1):
                 position = ((some.double() + 1) * some.new_tensor(lr_size) - 1) / 2
                 y, x = (beside(position[..., i], lr_size[i]) for i in (0, 1))
-                rgb.append(self._ensemble(part, y, x, cell))
+                rgb.append(self._ensemble(part, y, x, cell=cell))
             out.append(torch.cat(rgb, dim=1))
         return torch.cat(out)
 
-    def _ensemble(self, encoded, y: Side, x: Side, cell: Tensor, dtype=None) -> Tensor:
+    def _ensemble(self, encoded, y: Side, x: Side, *, cell: Tensor, dtype=None) -> Tensor:
         """Colours [B, ..., 3] at positions whose sides, [B or 1, ..., 2], broadcast together.
 
         Matrices are multiplied in `dtype`, the codes' own if left out.
         """
-        b, _, h, w = encoded[0].shape
-        image = torch.arange(b, device=encoded[0].device).view(-1, *[1] * y.index.dim())
-        index = (image * h + y.index[..., :, None]) * w + x.index[..., None, :]  # [B, ..., 2, 2]
+        row, column = y.index[..., :, None], x.index[..., None, :]  # [B, ..., 2, 2] together
         ry, rx = y.away[..., :, None, None], x.away[..., None, :, None]
-        rgb = self.decoder.rgb(_pick(encoded[0], index), ry, rx, cell, dtype)
+        codes = gather_pixels(encoded[0], row, column)
+        rgb = self.decoder.rgb(codes, ry, rx, cell=cell, dtype=dtype)
         if encoded.lr.shape[1]:
-            rgb = rgb + _pick(encoded.lr, index)
+            rgb = rgb + gather_pixels(encoded.lr, row, column)
         weight = y.weight[..., :, None] * x.weight[..., None, :]
         return (rgb * weight[..., None]).sum(dim=(-3, -2))
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Pixels of [B, D, h, w] of that number, all images' rows counted: [..., D]."""
-    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return flat.index_select(0, index.flatten()).view(*index.shape, -1)
-
-
-def _parts(batch: int, rows: tuple[int, int], width: int, pixels: int) -> Iterable[tuple]:
-    """(image, first row, end row, first column, end column) of pieces of at most so many pixels."""
+def _pieces(
+    batch: int, rows: tuple[int, int], width: int, *, pixels: int
+) -> Iterator[tuple[int, slice, slice]]:
+    """(image, rows, columns) of pieces of at most so many pixels."""
     columns = math.ceil(width / math.ceil(width / pixels))
     step = max(1, pixels // columns)
     for image in range(batch):
         for top in range(*rows, step):
             for left in range(0, width, columns):
-                yield image, top, min(top + step, rows[1]), left, min(left + columns, width)
-
-
-def perceptron(x: Tensor, layers: Iterable[nn.Module], dtype: torch.dtype) -> Tensor:
-    """x [..., C] through Linear, ReLU, ..., Linear, matrices but the last in `dtype`."""
-    *hidden, last = layers
-    for layer in hidden:
-        if isinstance(layer, nn.Linear):
-            x = affine(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-        else:
-            x = x.relu_()
-    return affine(x.to(last.weight.dtype), last.weight, last.bias)
+                right = min(left + columns, width)
+                yield image, slice(top, min(top + step, rows[1])), slice(left, right)
 
 
 def make_layers(widths: list[int]) -> nn.Sequential:
@@ -205,7 +192,7 @@ class LIIFEncoded(NamedTuple):
 
 class LIIFDecoder(nn.Module):
     """The decoding function: 3 x 3 features, relative position and cell to a colour; with
-    `config.skip`, to its difference from the LR image's.
+    `config.skip`, to the residual of the LR image's.
 
     Source: LIIF, section 3: equation 1, feature unfolding and cell decoding.
     """
@@ -218,17 +205,15 @@ class LIIFDecoder(nn.Module):
     def encode(self, features: Tensor, lr: Tensor) -> LIIFEncoded:
         """The first layer's part that a position does not change: unfolding and a matrix product
         are a 3 x 3 convolution."""
-        first = self.layers[0]
-        kernel = first.weight[:, :-4].unflatten(1, (-1, 3, 3))
-        codes = F.conv2d(features, kernel, first.bias, padding=1)
+        layer: Any = self.layers[0]
+        kernel = layer.weight[:, :-4].unflatten(1, (-1, 3, 3))
+        codes = F.conv2d(features, kernel, layer.bias, padding=1)
         return LIIFEncoded(codes, lr if self.skip else lr[:, :0])
 
-    def rgb(self, codes: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
-        """Codes [..., D], relative position [..., 1] twice in half LR pixels, cell [2] of an HR
-        pixel in these, to [..., 3] around [0, 1], with skip around 0; matrices but the last
-        multiplied in `dtype`."""
-        dtype = dtype or codes.dtype
-        rest = self.layers[0].weight[:, -4:].to(codes.dtype)
+    def rgb(self, codes: Tensor, ry: Tensor, rx: Tensor, *, cell: Tensor, dtype=None) -> Tensor:
+        """Colours [..., 3] around [0, 1], with skip around 0; see `EnsembleHead`."""
+        layer: Any = self.layers[0]
+        dtype, rest = dtype or codes.dtype, layer.weight[:, -4:].to(codes.dtype)
         ry, rx = ry.to(codes.dtype), rx.to(codes.dtype)
         x = codes + (ry * rest[:, 0] + rx * rest[:, 1] + rest[:, 2:] @ cell.to(codes.dtype))
         rgb = perceptron(x.relu_(), list(self.layers)[2:], dtype) * 0.5

@@ -2,7 +2,7 @@
 
 At every LR pixel two 3 x 3 convolutions give amplitudes (coef) and frequencies (freq); the waves
 at a position relative to the pixel, with a phase for the cell, go through an MLP. The LR image,
-enlarged bilinearly, is added.
+upsampled bilinearly, is added.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import LTEConfig, ModelConfig
-from gsr.models.heads.decoder import merged, modulated
-from gsr.models.heads.liif import EnsembleHead, make_layers, perceptron
+from gsr.models.heads.decoder import merged, modulated, perceptron
+from gsr.models.heads.liif import EnsembleHead, make_layers
 
 
 class LTEEncoded(NamedTuple):
@@ -46,12 +46,12 @@ class LTEDecoder(nn.Module):
         """Both convolutions as one; channels of freq come in pairs (y, x)."""
         return LTEEncoded(F.conv2d(features, *merged(self.coef, self.freq), padding=1), lr)
 
-    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, cell: Tensor, dtype=None) -> Tensor:
-        """Waves [..., 2 D], relative position [..., 1] twice in half LR pixels, cell [2] of an HR
-        pixel in these, to [..., 3] around 0; matrices but the last multiplied in `dtype`."""
+    def rgb(self, waves: Tensor, ry: Tensor, rx: Tensor, *, cell: Tensor, dtype=None) -> Tensor:
+        """Colours [..., 3] around 0, less those of the LR image; see `EnsembleHead`."""
         dtype, phase = dtype or waves.dtype, self.phase(cell.clamp(min=self.least_cell))
         ry, rx = ry.to(waves.dtype), rx.to(waves.dtype)
-        return perceptron(modulated(waves, ry, rx, phase, dtype), self.layers, dtype) * 0.5
+        waves = modulated(waves, ry, rx, phase=phase, dtype=dtype)
+        return perceptron(waves, self.layers, dtype) * 0.5
 
 
 class LTEHead(EnsembleHead):

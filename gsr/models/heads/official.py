@@ -20,17 +20,19 @@ from gsr.ops import rows_needed, splat_windows
 from gsr.ops.resize import bicubic
 
 
-def whole_windows(x: Tensor, window: int, rows=None, band=None) -> Tensor:
+def whole_windows(x: Tensor, window: int, *, rows=None, band=None) -> Tensor:
     """Resize [B, C, h, w] bicubically to the next multiples of `window`; identity if it is one.
 
-    `rows` (top, end) gives only those rows of windows; `band` is that of `gsr.ops.resize.bicubic`.
+    `rows` (start, stop) gives only those rows of windows; `band` is that of
+    `gsr.ops.resize.bicubic`.
     """
-    top, h = band or (0, x.shape[-2])
-    size = tuple(math.ceil(n / window) * window for n in (h, x.shape[-1]))
+    start, h = band or (0, x.shape[-2])
+    w = x.shape[-1]
+    size = math.ceil(h / window) * window, math.ceil(w / window) * window
     rows = None if rows is None else (rows[0] * window, rows[1] * window)
-    if size != (h, x.shape[-1]):
+    if size != (h, w):
         return bicubic(x, size, rows, band)
-    return x if rows is None else x[:, :, rows[0] - top : rows[1] - top]
+    return x if rows is None else x[:, :, rows[0] - start : rows[1] - start]
 
 
 def window_side(scale: tuple[float, float], window: int, taps: int) -> tuple[int, int]:
@@ -39,7 +41,7 @@ def window_side(scale: tuple[float, float], window: int, taps: int) -> tuple[int
     Raises:
         InputError: a window would be smaller than the kernel.
     """
-    side = tuple(round(window * s) for s in scale)
+    side = round(window * scale[0]), round(window * scale[1])
     if min(side) < taps:
         raise InputError(
             f"official mode cannot render at scale {min(scale):g}: a window of {window} LR pixels "
@@ -75,15 +77,22 @@ def window_kernels(gaussians: Tensor, window: int = 7, taps: int = 5) -> Tensor:
     return opacity * torch.exp(power - power.amax(dim=(1, 2), keepdim=True))
 
 
-def windows_touched(rows: tuple[int, int], count: int, side: int, h_hr: int) -> tuple[int, int]:
-    """First and end of the rows of windows, of `count`, that HR rows, of h_hr, are resized from.
+def windows_touched(
+    rows: tuple[int, int], count: int, *, side: int, height: int
+) -> tuple[int, int]:
+    """Rows of windows (start, stop) that HR rows (start, stop) are resized from.
 
-    `side` is the HR rows of a window, before the resize.
+    Args:
+        rows: of an image of `height`.
+        count: rows of windows there are.
+        side: HR rows of a window, before the resize.
+        height: H.
     """
     # From the first tap of the first row to the last tap of the last row.
-    ends = rows[0], rows[1] - 1
-    first, last = (math.floor((y + 0.5) * count * side / h_hr - 0.5) for y in ends)
-    return max(0, first - 1) // side, min(count * side - 1, last + 2) // side + 1
+    top, bottom = (
+        math.floor((y + 0.5) * count * side / height - 0.5) for y in (rows[0], rows[1] - 1)
+    )
+    return max(0, top - 1) // side, min(count * side - 1, bottom + 2) // side + 1
 
 
 def shared_splat(
@@ -91,6 +100,7 @@ def shared_splat(
     kernels: Tensor,
     side: tuple[int, int],
     size: tuple[int, int],
+    *,
     rows: tuple[int, int] | None = None,
     windows: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -101,20 +111,20 @@ def shared_splat(
         kernels: [window^2, taps, taps], from `window_kernels`.
         side: (k_y, k_x), HR pixels of a window.
         size: (H, W).
-        rows: only the rows rows[0] to rows[1], at the cost of the windows that they touch.
-        windows: (top, count): features hold only the rows of windows from `top` on, of `count`.
+        rows: (start, stop), only these rows of it, at the cost of the windows that they touch.
+        windows: (start, count): features hold only the rows of windows from `start` on, of `count`.
 
     Returns:
-        [B, c, H, W], or [B, c, rows[1] - rows[0], W].
+        [B, c, H, W], or [B, c, stop - start, W].
 
     Source: the published code; window seams and holes between kernels at large scales belong to it.
     """
     window, rows = math.isqrt(len(kernels)), rows or (0, size[0])
     above, count = windows or (0, features.shape[2] // window)
-    top, end = windows_touched(rows, count, side[0], size[0])
-    part = features[:, :, (top - above) * window : (end - above) * window]
+    start, stop = windows_touched(rows, count, side=side[0], height=size[0])
+    part = features[:, :, (start - above) * window : (stop - above) * window]
     splatted = splat_windows(part, kernels, side)
-    return bicubic(splatted, size, rows, (top * side[0], count * side[0]))
+    return bicubic(splatted, size, rows, (start * side[0], count * side[0]))
 
 
 class OfficialHead(BankHead):
@@ -132,37 +142,37 @@ class OfficialHead(BankHead):
         c = self.config
         return window_kernels(whole_windows(gaussians, c.window), c.window, c.kernel_size)
 
-    def splat_rows(self, encoded: BankEncoded, size, scale, band=None, shared=None):
-        window = self.config.window
+    def prepare(self, encoded: BankEncoded, scale, *, band=None, shared=None):
+        """The channels to splat, cut to whole windows if there is no band; `shared`; and HR pixels
+        (k_y, k_x) of a window."""
+        c = self.config
         kernels = self.shared(encoded.gaussians) if shared is None else shared
-        side = window_side(scale, window, self.config.kernel_size)
-        features = encoded.features[:, : self.config.channels]
+        features = encoded.features[:, : self.channels]
         if band is None:
-            features = whole_windows(features, window)
-            return lambda first, last: shared_splat(features, kernels, side, size, (first, last))
+            features = whole_windows(features, c.window)
+        return features, kernels, window_side(scale, c.window, c.kernel_size)
 
-        def splat(first: int, last: int) -> Tensor:
-            count = math.ceil(band[1] / window)
-            touched = windows_touched((first, last), count, side[0], size[0])
-            part = whole_windows(features, window, touched, band)
-            return shared_splat(part, kernels, side, size, (first, last), (touched[0], count))
+    def splat_rows(self, splat, rows, *, size, band=None) -> Tensor:
+        features, kernels, side = splat
+        if band is None:
+            return shared_splat(features, kernels, side, size, rows=rows)
+        window = self.config.window
+        count = math.ceil(band[1] / window)
+        start, stop = windows_touched(rows, count, side=side[0], height=size[0])
+        part = whole_windows(features, window, rows=(start, stop), band=band)
+        return shared_splat(part, kernels, side, size, rows=rows, windows=(start, count))
 
-        return splat
-
-    def splat_rows_needed(self, rows, lr_size, size, scale) -> tuple[int, int]:
+    def splat_rows_needed(self, rows, *, lr_size, size, scale) -> tuple[int, int]:
         window, count = self.config.window, math.ceil(lr_size[0] / self.config.window)
         side = window_side(scale, window, self.config.kernel_size)
-        top, end = windows_touched(rows, count, side[0], size[0])
-        return rows_needed((top * window, end * window), lr_size[0], count * window, 2)
+        start, stop = windows_touched(rows, count, side=side[0], height=size[0])
+        return rows_needed((start * window, stop * window), lr_size[0], count * window, 2)
 
-    def splat_around(self, encoded: BankEncoded, size, scale, queries: int):
-        c = self.config
-        side = window_side(scale, c.window, c.kernel_size)
-        features = whole_windows(encoded.features[:, : c.channels], c.window)
-        # 392 multiply-adds an HR pixel, as much as the decoder at one pixel in 1400.
-        splatted = splat_windows(features, self.shared(encoded.gaussians), side)
+    def prepare_points(self, encoded: BankEncoded, size, scale, *, count: int):
+        """The splat before it is resized: 392 multiply-adds an HR pixel, as much as the decoder at
+        one pixel in 1400."""
+        return (splat_windows(*self.prepare(encoded, scale)),)
 
-        def resized(tensors, y: Tensor, x: Tensor) -> Tensor:
-            return neighbourhoods(*tensors, splatted.new_empty(*y.shape, 9, 0), size, y, x)
-
-        return (splatted,), resized
+    def splat_3x3(self, splat, y: Tensor, x: Tensor, *, size) -> Tensor:
+        (splatted,) = splat
+        return neighbourhoods(splatted, splatted.new_empty(*y.shape, 9, 0), y=y, x=x, size=size)
