@@ -472,7 +472,7 @@ def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weightin
 
 
 def _forward(
-    gaussians: Gaussians, grid: Grid, weighting: Weighting, grad: Tensor | None = None
+    gaussians: Gaussians, grid: Grid, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
     gaussians, prepare = gaussians.map(Tensor.contiguous), grad is not None
     values = gaussians.values
@@ -503,7 +503,7 @@ def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighti
     grad, gaussians = grad.contiguous(), gaussians.map(Tensor.contiguous)
     values = gaussians.values
     if weighting.normalize:
-        grad = _forward(gaussians, grid, weighting, grad)
+        grad = _forward(gaussians, grid, weighting, grad=grad)
     b, k, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
     gradients = gaussians.map(_empty_gradient)
@@ -537,7 +537,7 @@ def backward_at(
 
 
 def _forward_at(
-    gaussians: Gaussians, points: Tensor, weighting: Weighting, grad: Tensor | None = None
+    gaussians: Gaussians, points: Tensor, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
     gaussians, points, prepare = (
         gaussians.map(Tensor.contiguous),
@@ -568,7 +568,7 @@ def _backward_at(
     gaussians = gaussians.map(Tensor.contiguous)
     values = gaussians.values
     if weighting.normalize:
-        grad = _forward_at(gaussians, points, weighting, grad)
+        grad = _forward_at(gaussians, points, weighting, grad=grad)
     b, k, _, h, w = values.shape
     order, starts = sort_points(points, h, w)
     gradients = gaussians.map(_empty_gradient)

@@ -84,8 +84,8 @@ def run(kernels=None) -> dict[str, float]:
     want_grads = torch.autograd.grad(want, leaves, grad.double())
     want_grads_at = torch.autograd.grad(want_at, leaves, grad_at.double())
     want, want_at = want.detach(), want_at.detach()
-    prepared = kernels._forward(corner, grid, weighting, grad)
-    prepared_at = kernels._forward_at(corner, points, weighting, grad_at)
+    prepared = kernels._forward(corner, grid, weighting, grad=grad)
+    prepared_at = kernels._forward_at(corner, points, weighting, grad=grad_at)
     order, starts = kernels.sort_points(points, ROWS, COLUMNS)
 
     errors = {}

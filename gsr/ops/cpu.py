@@ -36,49 +36,63 @@ PIECE = 1 << 18  # weights at once without Numba, about 60 MB for 3 channels
 
 def forward(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat`: [B, C, stop - start, W]."""
-    return _forward(gaussians, _Pixels(grid), weighting)
+    return _forward(_Splat(gaussians, _Pixels(grid), weighting))
 
 
 def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
     """Gradients of the Gaussians from that of `forward`'s result."""
-    return _backward(grad, gaussians, _Pixels(grid), weighting)
+    return _backward(grad, _Splat(gaussians, _Pixels(grid), weighting))
 
 
 def forward_at(gaussians: Gaussians, points: Tensor, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat_at`: [B, Q, C]."""
-    return _forward(gaussians, _Points(points.detach()), weighting)
+    return _forward(_Splat(gaussians, _Points(points.detach()), weighting))
 
 
 def backward_at(
     grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
 ) -> Gaussians:
     """Gradients of the Gaussians from that of `forward_at`'s result."""
-    return _backward(grad, gaussians, _Points(points.detach()), weighting)
+    return _backward(grad, _Splat(gaussians, _Points(points.detach()), weighting))
 
 
-def _forward(gaussians: Gaussians, where: _Pixels | _Points, weighting: Weighting) -> Tensor:
-    values = gaussians.values
+@dataclass
+class _Splat:
+    """Which Gaussians go where, and how."""
+
+    gaussians: Gaussians
+    where: _Pixels | _Points
+    weighting: Weighting
+
+    @property
+    def weights(self) -> int:
+        """How many there are, as a measure of the work."""
+        b, k, _, _, _ = self.gaussians.values.shape
+        return math.prod(self.where.shape(b, 1)) * k * (2 * self.weighting.radius + 1) ** 2
+
+
+def _forward(splat: _Splat) -> Tensor:
+    values = splat.gaussians.values
     b, _, c = values.shape[:3]
-    working, promoted = _types(gaussians)
-    out = torch.empty(where.shape(b, c), dtype=working, device=values.device)
-    if out.numel() and (loops := _loops_for(gaussians)):
-        _splat(loops, out, gaussians, where, weighting)
+    working, promoted = _types(splat.gaussians)
+    out = torch.empty(splat.where.shape(b, c), dtype=working, device=values.device)
+    if out.numel() and (loops := _loops_for(values)):
+        _fill(loops, out, splat)
     elif out.numel():
-        _splat_in_pieces(out, gaussians, where, weighting)
+        _fill_in_pieces(out, splat)
     return out.to(promoted)
 
 
-def _backward(
-    grad: Tensor, gaussians: Gaussians, where: _Pixels | _Points, weighting: Weighting
-) -> Gaussians:
+def _backward(grad: Tensor, splat: _Splat) -> Gaussians:
+    gaussians = splat.gaussians
     working, _ = _types(gaussians)
     grad = grad.detach().to(working)
     if not grad.numel():
         return gaussians.map(torch.zeros_like)
-    if loops := _loops_for(gaussians):
-        gradients = _gradients(loops, grad, gaussians, where, weighting)
+    if loops := _loops_for(gaussians.values):
+        gradients = _gradients(loops, grad, splat)
     else:
-        gradients = _gradients_in_pieces(grad, gaussians, where, weighting)
+        gradients = _gradients_in_pieces(grad, splat)
     types = iter([t.dtype for t in gaussians if t is not None])
     return gradients.map(lambda gradient: gradient.to(next(types)))
 
@@ -90,9 +104,9 @@ def _types(gaussians: Gaussians) -> tuple[torch.dtype, torch.dtype]:
     return torch.promote_types(promoted, torch.float32), promoted
 
 
-def _loops_for(gaussians: Gaussians) -> ModuleType | None:
-    """`_loops`, for tensors whose memory the CPU can read; others have the reference's pieces."""
-    return _loops() if gaussians.values.device.type == "cpu" else None
+def _loops_for(tensor: Tensor) -> ModuleType | None:
+    """`_loops`, for a tensor whose memory the CPU can read; others have the reference's pieces."""
+    return _loops() if tensor.device.type == "cpu" else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -272,18 +286,8 @@ def _run(
         other.result()
 
 
-def _weights(gaussians: Gaussians, where: _Pixels | _Points, radius: int) -> int:
-    b, k, _, _, _ = gaussians.values.shape
-    return math.prod(where.shape(b, 1)) * k * (2 * radius + 1) ** 2
-
-
-def _splat(
-    loops: ModuleType,
-    out: Tensor,
-    gaussians: Gaussians,
-    where: _Pixels | _Points,
-    weighting: Weighting,
-) -> None:
+def _fill(loops: ModuleType, out: Tensor, splat: _Splat) -> None:
+    gaussians, where, weighting = splat.gaussians, splat.where, splat.weighting
     b, k, c, h, w = gaussians.values.shape
     top, h = where.band(h)
     target = out.view(-1).numpy()
@@ -295,16 +299,11 @@ def _splat(
             loops.splat, target[n * CHANNELS * layout.channel :], planes, _channels(part), cells,
             shape, layout, bool(weighting.normalize), float(weighting.eps),
         )  # fmt: skip
-        _run(task, b, rows, weights=_weights(gaussians, where, weighting.radius))
+        _run(task, b, rows, weights=splat.weights)
 
 
-def _gradients(
-    loops: ModuleType,
-    grad: Tensor,
-    gaussians: Gaussians,
-    where: _Pixels | _Points,
-    weighting: Weighting,
-) -> Gaussians:
+def _gradients(loops: ModuleType, grad: Tensor, splat: _Splat) -> Gaussians:
+    gaussians, where, weighting = splat.gaussians, splat.where, splat.weighting
     b, k, c, h, w = gaussians.values.shape
     radius, dtype = weighting.radius, grad.dtype
     top, h = where.band(h)
@@ -314,8 +313,6 @@ def _gradients(
     shape, layout = loops.Shape(k, h, w, radius), loops.Layout(*where.layout(c))
     begin = np.empty((b, h * -(-w // loops.LANES) + 1), np.int64)
     loops.count_passes(begin, cells, shape)
-    weights = _weights(gaussians, where, radius)
-
     parts: list[Gaussians] = []
     for n, part in enumerate(split_channels(gaussians, CHANNELS)):
         parts.append(part.map(lambda t: torch.zeros(t.shape, dtype=dtype)))
@@ -327,38 +324,38 @@ def _gradients(
             cells, shape, layout, bool(weighting.normalize), float(weighting.eps),
         )  # fmt: skip
         gather = functools.partial(loops.gather, out, notes, begin, planes, channels, shape)
-        _run(note, b, rows, weights=weights)
-        _run(gather, b, around, weights=2 * weights)
+        _run(note, b, rows, weights=splat.weights)
+        _run(gather, b, around, weights=2 * splat.weights)
     return join_channels(parts)
 
 
 # ---- without -------------------------------------------------------------------------------------
 
 
-def _pieces(gaussians: Gaussians, where: _Pixels | _Points, radius: int) -> list[tuple[int, int]]:
+def _pieces(splat: _Splat) -> list[tuple[int, int]]:
     """Consecutive parts (start, stop) of the rows or points, with about PIECE weights each."""
-    n = where.shape(gaussians.values.shape[0], 1)[where.along]
-    step = max(1, PIECE * n // max(1, _weights(gaussians, where, radius)))
+    n = splat.where.shape(1, 1)[splat.where.along]
+    step = max(1, PIECE * n // max(1, splat.weights))
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _splat_in_pieces(
-    out: Tensor, gaussians: Gaussians, where: _Pixels | _Points, weighting: Weighting
-) -> None:
+def _fill_in_pieces(out: Tensor, splat: _Splat) -> None:
+    where = splat.where
     with torch.no_grad():
-        gaussians = gaussians.map(lambda t: t.detach().to(out.dtype))
-        for start, stop in _pieces(gaussians, where, weighting.radius):
-            piece = where.piece(start, stop).reference(gaussians, weighting)
+        gaussians = splat.gaussians.map(lambda t: t.detach().to(out.dtype))
+        for start, stop in _pieces(splat):
+            piece = where.piece(start, stop).reference(gaussians, splat.weighting)
             out.narrow(where.along, start, stop - start).copy_(piece)
 
 
-def _gradients_in_pieces(
-    grad: Tensor, gaussians: Gaussians, where: _Pixels | _Points, weighting: Weighting
-) -> Gaussians:
+def _gradients_in_pieces(grad: Tensor, splat: _Splat) -> Gaussians:
+    where = splat.where
+
     def run() -> Gaussians:
-        leaves = gaussians.map(lambda t: t.detach().to(grad.dtype, copy=True).requires_grad_())
-        for start, stop in _pieces(gaussians, where, weighting.radius):
-            piece = where.piece(start, stop).reference(leaves, weighting)
+        leaves = splat.gaussians.map(lambda t: t.detach().to(grad.dtype, copy=True))
+        leaves = leaves.map(Tensor.requires_grad_)
+        for start, stop in _pieces(splat):
+            piece = where.piece(start, stop).reference(leaves, splat.weighting)
             torch.autograd.backward(piece, grad.narrow(where.along, start, stop - start))
         return leaves.map(_gradient)
 

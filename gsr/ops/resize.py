@@ -113,11 +113,11 @@ def imresize(
 
     result = image
     for axis in (0, 1) if scales[0] <= scales[1] else (1, 0):
-        result = _imresize_axis(result, axis, size[axis], scales[axis])
+        result = _imresize_axis(result, axis, size=size[axis], scale=scales[axis])
     return result
 
 
-def _imresize_axis(image: np.ndarray, axis: int, size: int, scale: float) -> np.ndarray:
+def _imresize_axis(image: np.ndarray, axis: int, *, size: int, scale: float) -> np.ndarray:
     """`imresize` along one axis: [..., n, ...] to [..., size, ...] of the same dtype."""
     shrink = min(scale, 1.0)
     taps = math.ceil(4 / shrink) + 2
