@@ -250,10 +250,10 @@ def splat_backward(
         for dj in range(-R, R + 1):
             jj = wide + dj
             exists = (jj >= 0) & (jj < w)
-            left, right = _start(jj, w, big_w), _start(jj + 1, w, big_w)
+            x_start, x_stop = _start(jj, w, big_w), _start(jj + 1, w, big_w)
             for cx in range(0, max_x, PX):
-                x = left[None, :] + (cx + pixel)[:, None]
-                inside = (x < right[None, :]) & exists[None, :]
+                x = x_start[None, :] + (cx + pixel)[:, None]
+                inside = (x < x_stop[None, :]) & exists[None, :]
                 dx = _place(x, wide[None, :], w, big_w) - ox[None, :]
                 x = x.to(tl.int32)
                 scaled = tl.load(
