@@ -186,11 +186,11 @@ class _Points:
         self, loops: ModuleType, lr_shape: tuple[int, int, int], dtype: torch.dtype
     ) -> tuple[Any, tuple[int, int]]:
         b, h, w = lr_shape
-        last = torch.tensor([h - 1, w - 1])
+        corner = torch.tensor([h - 1, w - 1])
         nearest = torch.floor(self.points + 0.5)
-        nearest = nearest.clamp(torch.zeros(2).to(nearest), last.to(nearest))
+        nearest = nearest.clamp(torch.zeros(2).to(nearest), corner.to(nearest))
         # A point that is not a number has no nearest pixel, but must be read from an existing one.
-        pixel = nearest.long().clamp(torch.zeros_like(last), last)
+        pixel = nearest.long().clamp(torch.zeros_like(corner), corner)
         cell = _flat((torch.arange(b)[:, None] * h + pixel[..., 0]) * w + pixel[..., 1], torch.long)
         start, order = np.empty(b * h * w + 1, np.int64), np.empty(cell.size, np.int64)
         loops.group(cell, start, order)
