@@ -24,6 +24,7 @@ from bench.splat import Case, inputs
 from gsr.cli import guard
 from gsr.errors import InputError
 from gsr.kernels import configs
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 KINDS = ("forward", "prepare", "backward")
 SCALES = configs.BUCKETS[1:]
@@ -116,7 +117,7 @@ def _target():
 
 
 def shape(use, scale: int) -> Shape:
-    """A picture of about 2000 x 1350 HR pixels."""
+    """An image of about 2000 x 1350 HR pixels."""
     h, w = 1344 // scale, 2016 // scale
     return Shape(use.K, use.C, use.R, h, w, h * scale, w * scale, offset=use.offset)
 
@@ -132,18 +133,19 @@ def gpu_timer(use, kind: str, scale: int, device: torch.device) -> Callable[[dic
 
     s, shipped = shape(use, scale), configs.splat_config
     g = inputs(Case("tuning", s), device)
-    tensors = [g[n] for n in ("values", "sigma", "rho", "opacity", "offset")]
-    rest = ((s.H, s.W), (0, s.H), s.R, True, g["eps"])
+    gaussians = Gaussians(*(g[n] for n in Gaussians._fields))
+    grid = Grid((s.H, s.W), rows=(0, s.H), band=(0, s.h))
+    weighting = Weighting(s.R, normalize=True, eps=g["eps"])
     grad = torch.ones(s.b, s.C, s.H, s.W, device=device)
 
     def run():
         if kind == "forward":
-            return splat.forward(*tensors, *rest)
-        return splat.backward(grad, *tensors, *rest)
+            return splat.forward(gaussians, grid, weighting)
+        return splat.backward(grad, gaussians, grid, weighting)
 
     def timer(config):
-        def choose(wanted, *sizes):
-            return config if wanted == kind else shipped(wanted, *sizes)
+        def choose(wanted, *sizes, **more):
+            return config if wanted == kind else shipped(wanted, *sizes, **more)
 
         with mock.patch.object(splat, "splat_config", choose):
             return do_bench(run, quantiles=[0.5]) * 1e-3
@@ -187,7 +189,7 @@ def main(argv=None) -> None:
     for use, kind, scale in work:
         left = survivors(use, kind, scale, arch)
         config, seconds = select(left, gpu_timer(use, kind, scale, device))
-        key = configs.splat_key(kind, arch, scale, scale, use.C)
+        key = configs.splat_key(kind, arch, (scale, scale), channels=use.C)
         tuned[key] = config
         print(f"{key}: {config}, {seconds * 1e3:.3f} ms, best of {len(left)}", flush=True)
         rows.append(

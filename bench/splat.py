@@ -6,7 +6,7 @@
     python -m bench.plot splat.json -o splat.png
 
 Each round times every implementation once, together with a large copy, a matrix product and one
-EDSR-baseline pass over the same LR picture. Machines drift; what is compared was therefore measured
+EDSR-baseline pass over the same LR image. Machines drift; what is compared was therefore measured
 in the same seconds: shares of the copy's bandwidth and of the product's rate, and times in passes.
 """
 
@@ -27,6 +27,7 @@ from gsr.config import EncoderConfig
 from gsr.errors import InputError
 from gsr.models.encoders.edsr import EDSR
 from gsr.ops import reference
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 EPS = 1e-2
 
@@ -105,8 +106,22 @@ def inputs(case: Case, device: torch.device, grad: bool = False) -> dict:
     return {**result, "size": (s.H, s.W)}
 
 
-def _function(module, case: Case) -> Callable[..., Tensor]:
-    return module.splat_at if case.shape.points else module.splat
+def _operator(case: Case) -> Callable[..., Tensor]:
+    return ops.splat_at if case.shape.points else ops.splat
+
+
+def _reference(case: Case) -> Callable[..., Tensor]:
+    """The reference with the arguments of the operator."""
+    s, oracle = case.shape, reference.splat_at if case.shape.points else reference.splat
+
+    def function(
+        values, sigma, rho, opacity, offset, radius, normalize, eps, size=None, points=None
+    ):
+        where = Grid(size, (0, s.H), (0, s.h)) if points is None else points
+        gaussians = Gaussians(values, sigma, rho, opacity, offset)
+        return oracle(gaussians, where, Weighting(radius, normalize, eps))
+
+    return function
 
 
 def providers(case: Case, device: torch.device, limit: float) -> dict[str, Callable | str]:
@@ -114,7 +129,7 @@ def providers(case: Case, device: torch.device, limit: float) -> dict[str, Calla
 
     `limit` is how many bytes the reference may hold at a time.
     """
-    plain = _function(reference, case)
+    plain = _reference(case)
     # It gathers C + 6 numbers a weight and has, roughly, four more of this size in its sums.
     wants = 4 * 4 * case.shape.weights * (case.shape.C + 6)
     too_large = f"its tensors would take about {wants / 2**30:.0f} GiB" if wants > limit else None
@@ -122,7 +137,7 @@ def providers(case: Case, device: torch.device, limit: float) -> dict[str, Calla
         "reference": too_large or plain,
         # With sizes left open, PyTorch 2.13 fails to compile the backward pass of some cases.
         "compiled reference": too_large or torch.compile(plain, dynamic=False),
-        "triton" if device.type == "cuda" else "cpu": _function(ops, case),
+        "triton" if device.type == "cuda" else "cpu": _operator(case),
     }
 
 
@@ -314,7 +329,7 @@ def main(argv=None) -> None:
     middle = {n: quantiles([r[n] for r in rates])["p50"] for n in rates[0]}
     print(
         f"one copy: {middle['bandwidth'] / 1e9:.1f} GB/s, one fp32 matrix product: "
-        f"{middle['arithmetic'] / 1e9:.0f} Gop/s; a pass is EDSR-baseline over the LR picture"
+        f"{middle['arithmetic'] / 1e9:.0f} Gop/s; a pass is EDSR-baseline over the LR image"
     )
     if args.output:
         protocol = {

@@ -96,9 +96,10 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
     for cy, cx, wide in cells:
         more = {"WIDE": True} if wide else {}
         for prepare, kind in enumerate(("forward", "prepare")):
-            config = configs.choose_splat(kind, arch, cy, cx, use.C, wide)
+            config = configs.choose_splat(kind, arch, (cy, cx), channels=use.C, wide=wide)
             add("splat_forward", config, PREPARE=bool(prepare), **more)
-        add("splat_backward", configs.choose_splat("backward", arch, cy, cx, use.C, wide), **more)
+        config = configs.choose_splat("backward", arch, (cy, cx), channels=use.C, wide=wide)
+        add("splat_backward", config, **more)
     for prepare in (False, True):
         add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
     add("points_backward", configs.choose_points("backward", arch))
@@ -115,7 +116,7 @@ def _distinct(found: list) -> list:
 # storage type, as are the weights that all windows share.
 STORED = "values sigma rho opacity offset features grad out".split()
 FLOAT = "d_values d_sigma d_rho d_opacity d_offset d_features kernels weights d_weights".split()
-POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "start": "*i64"}
+POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "starts": "*i64"}
 
 
 def kernel_of(name: str):
@@ -390,7 +391,7 @@ def _per_thread(compiled) -> int:
 
 
 def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -> dict:
-    """Warp instructions of a grid kernel for the picture `s`, all warps together, by pipe.
+    """Warp instructions of a grid kernel for the image `s`, all warps together, by pipe.
 
     "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
     """
@@ -435,8 +436,8 @@ def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -
 
 
 def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: Loop) -> dict:
-    """Seconds that each limit of `chip` asks of a product of `official` for the x4 picture."""
-    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in PICTURE)
+    """Seconds that each limit of `chip` asks of a product of `official` for the x4 image."""
+    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in IMAGE)
     pixels, columns = (side * SCALE) ** 2, 8 * h * w
     blocks_p, blocks_m = -(-pixels // constants["PIXELS"]), -(-columns // constants["COLUMNS"])
     # A block of columns, or of pixels, that a program goes through in its loop.
@@ -546,21 +547,21 @@ def compiled_rows(arch: str) -> list[dict]:
     return rows
 
 
-PICTURE = (1356, 2040)
+IMAGE = (1356, 2040)
 SCALE = 4
 
 
 def model_rows() -> list[dict]:
-    """A row for each kernel of the grid, use and chip: the model's seconds for the x4 picture."""
+    """A row for each kernel of the grid, use and chip: the model's seconds for the x4 image."""
     rows = []
     for chip in CHIPS:
         for use in USES:
             s = Shape(
-                use.K, use.C, use.R, PICTURE[0] // SCALE, PICTURE[1] // SCALE, *PICTURE,
+                use.K, use.C, use.R, IMAGE[0] // SCALE, IMAGE[1] // SCALE, *IMAGE,
                 offset=use.offset,
             )  # fmt: skip
             for kind in ("forward", "prepare", "backward"):
-                config = configs.choose_splat(kind, chip.arch, SCALE, SCALE, use.C)
+                config = configs.choose_splat(kind, chip.arch, (SCALE, SCALE), channels=use.C)
                 rows.append(model_row(chip, use, s, kind, config))
         for kernel, constants, warps in shipped(chip.arch):
             if kernel.startswith("windows") and "PIXELS" in constants:
@@ -574,7 +575,7 @@ def windows_row(chip: Chip, kernel: str, constants: dict, warps: int) -> dict:
     usage = resources(compiled)
     case, sizes = _names(kernel, constants)
     return schema.row(
-        case, f"model {chip.name}", {**sizes, "HR": list(PICTURE)},
+        case, f"model {chip.name}", {**sizes, "HR": list(IMAGE)},
         config={n: constants[n] for n in BLOCKS if n in constants} | {"num_warps": warps},
         resources=usage, occupancy=occupancy(usage, warps, chip.arch),
         model=windows_model(chip, kernel, constants, warps, disassemble(compiled)),
@@ -594,7 +595,7 @@ def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
     counted = count(kernel, constants, config["num_warps"], disassemble(compiled), compiled, s)
     moved, operations = {
         "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
-        # The incoming gradient in, g' and s out instead of the picture.
+        # The incoming gradient in, g' and s out instead of the image.
         "prepare": (cost.forward_bytes(s) + 4 * s.pixels * (s.C + 1), cost.forward_operations(s)),
         "backward": (
             cost.backward_bytes(s) + 4 * s.pixels,
@@ -696,7 +697,7 @@ def _at_scale(kind: str, r: dict) -> dict:
     if kind.startswith("points"):
         kind = "backward" if kind.endswith("backward") else "forward"
         return configs.choose_points(kind, arch)
-    return configs.choose_splat(kind, arch, SCALE, SCALE, r["sizes"]["C"])
+    return configs.choose_splat(kind, arch, (SCALE, SCALE), channels=r["sizes"]["C"])
 
 
 def _fit(r: dict) -> str:
@@ -724,7 +725,7 @@ def main(argv=None) -> None:
     if args.output:
         import torch
 
-        protocol = {"note": NOTE, "picture": list(PICTURE), "scale": SCALE, "latency": LATENCY}
+        protocol = {"note": NOTE, "picture": list(IMAGE), "scale": SCALE, "latency": LATENCY}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
         document.put(args.document, "static", summary(rows))

@@ -14,12 +14,15 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gsr.errors import InputError
 
 BUCKETS = (1, 2, 4, 8)
+
+Config = dict[str, Any]  # keyword arguments of a kernel's launch
 
 
 def bucket(n: int) -> int:
@@ -32,10 +35,14 @@ def channel_bucket(c: int) -> int:
     return max(4, 1 << (c - 1).bit_length())
 
 
-def _grid(*rows: str) -> dict:
+def _grid(*rows: str) -> dict[tuple[int, int], tuple[int, int]]:
     """{(cy, cx): (PY, PX)} from one line for each bucket of cy, with one PYxPX for each of cx."""
-    blocks = [[tuple(map(int, block.split("x"))) for block in row.split()] for row in rows]
-    return {(cy, cx): blocks[i][j] for i, cy in enumerate(BUCKETS) for j, cx in enumerate(BUCKETS)}
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for cy, row in zip(BUCKETS, rows, strict=True):
+        for cx, block in zip(BUCKETS, row.split(), strict=True):
+            py, px = block.split("x")
+            found[cy, cx] = int(py), int(px)
+    return found
 
 
 # PY x PX pixels of a cell for a thread, by the cell's buckets: rows cy, columns cx. More of them
@@ -83,7 +90,7 @@ WINDOWS = {
 CELLS = {"default": 32, "gfx942": 64}
 
 
-def _of(table: dict, arch: str, *keys):
+def _of(table: dict[str, Any], arch: str, *keys: object) -> Any:
     """The entry of `arch` if it has one for `keys`, or else of "default"; None without either."""
     for name in (arch, "default"):
         entry = table.get(name)
@@ -94,13 +101,15 @@ def _of(table: dict, arch: str, *keys):
     return None
 
 
-def choose_splat(kind: str, arch: str, cy: int, cx: int, channels: int, wide: bool = False) -> dict:
+def choose_splat(
+    kind: str, arch: str, cell: tuple[int, int], *, channels: int, wide: bool = False
+) -> Config:
     """The shipped configuration of a grid kernel.
 
     Args:
         kind: "forward", "prepare" (the first pass of backward) or "backward".
         arch: "sm_90", "gfx942", ...; unknown ones get the default.
-        cy, cx: most HR pixels of a cell along each axis.
+        cell: most HR pixels of a cell along each axis, (y, x).
         wide: whether positions take 64 bits, and more registers.
     """
     config = {"CELLS": _of(CELLS, arch), "num_warps": 1}
@@ -110,16 +119,16 @@ def choose_splat(kind: str, arch: str, cy: int, cx: int, channels: int, wide: bo
     table = FORWARD
     if kind == "prepare":
         table = PREPARE_WIDE if wide else PREPARE
-    py, px = _of(table, arch, channels, (bucket(cy), bucket(cx))) or (1, 1)
+    py, px = _of(table, arch, channels, (bucket(cell[0]), bucket(cell[1]))) or (1, 1)
     return {"PY": py, "PX": px, **config}
 
 
-def choose_points(kind: str, arch: str) -> dict:
+def choose_points(kind: str, arch: str) -> Config:
     """The shipped configuration of a kernel for points."""
     return dict(_of(POINTS, arch, kind))
 
 
-def choose_windows(kind: str, arch: str) -> dict:
+def choose_windows(kind: str, arch: str) -> Config:
     """The shipped configuration of the products of `official`, kind "forward" or "backward".
 
     A float32 product is three of tf32 on NVIDIA's tensor cores; AMD's multiply float32 as it is.
@@ -131,21 +140,26 @@ def choose_windows(kind: str, arch: str) -> dict:
 
 
 def splat_config(
-    kind: str, device: torch.device, h, w, big_h, big_w, channels: int, wide: bool = False
-) -> dict:
+    kind: str,
+    device: torch.device,
+    cell: tuple[int, int],
+    *,
+    channels: int,
+    wide: bool = False,
+) -> Config:
     """Keyword arguments of the launch of `splat_forward` or `splat_backward`."""
-    arch, cy, cx = architecture(device), -(-big_h // h), -(-big_w // w)
+    arch = architecture(device)
     tuned = {} if wide else tuned_configs()
-    found = tuned.get(splat_key(kind, arch, cy, cx, channels))
-    return dict(found or choose_splat(kind, arch, cy, cx, channels, wide))
+    found = tuned.get(splat_key(kind, arch, cell, channels=channels))
+    return dict(found or choose_splat(kind, arch, cell, channels=channels, wide=wide))
 
 
-def points_config(kind: str, device: torch.device) -> dict:
+def points_config(kind: str, device: torch.device) -> Config:
     """Keyword arguments of the launch of `points_forward` or `points_backward`."""
     return choose_points(kind, architecture(device))
 
 
-def windows_config(kind: str, device: torch.device) -> dict:
+def windows_config(kind: str, device: torch.device) -> Config:
     """Keyword arguments of the launch of the products of `official`."""
     return choose_windows(kind, architecture(device))
 
@@ -156,7 +170,8 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "default"
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        name = str(torch.cuda.get_device_properties(device).gcnArchName)  # pyright: ignore
+        return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -164,9 +179,9 @@ def architecture(device: torch.device) -> str:
 # ---- what a tuning run has found ----------------------------------------------------------------
 
 
-def splat_key(kind: str, arch: str, cy: int, cx: int, channels: int) -> str:
+def splat_key(kind: str, arch: str, cell: tuple[int, int], *, channels: int) -> str:
     """A configuration's name in a file of tuned ones."""
-    return f"{arch}/{kind}/{channel_bucket(channels)}/{bucket(cy)}x{bucket(cx)}"
+    return f"{arch}/{kind}/{channel_bucket(channels)}/{bucket(cell[0])}x{bucket(cell[1])}"
 
 
 def tuned_file() -> Path:
@@ -177,7 +192,7 @@ def tuned_file() -> Path:
     return Path(cache) / "gaussiansr" / "tuned.json"
 
 
-def tuned_configs() -> dict[str, dict]:
+def tuned_configs() -> dict[str, Config]:
     """Tuned configurations by `splat_key`; none unless the environment asks for them."""
     if os.environ.get("GSR_TUNED") or os.environ.get("GSR_AUTOTUNE") == "1":
         return _read(tuned_file())
@@ -185,7 +200,7 @@ def tuned_configs() -> dict[str, dict]:
 
 
 @lru_cache
-def _read(path: Path) -> dict[str, dict]:
+def _read(path: Path) -> dict[str, Config]:
     try:
         configs = json.loads(path.read_text())["configs"]
         return {

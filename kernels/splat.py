@@ -6,34 +6,28 @@ Formula, shapes and units are those of `gsr.ops.reference.splat_at` (GaussianSR,
 
 over the K Gaussians of each of the (2 r + 1)^2 LR pixels around the nearest one.
 
-**Cells.** The HR pixels whose nearest LR pixel is the same, its cell, share all of their Gaussians.
-In the grid kernels a thread therefore owns a cell: tensors are [.., pixels, cells] with the cells
-along the last axis, which Triton spreads over the lanes, and the pixels of a cell in a thread's
-registers. A Gaussian is loaded once and used for PY x PX pixels, and neighbouring lanes load
-neighbouring LR pixels. Cell i holds the HR rows Y with floor((2 Y + 1) h / 2 H) = i; positions in
-it come from the integers (2 Y + 1) h - (2 i + 1) H, so no image is too large for float32.
-
-**Backward.** With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
-sum_c g'_c v_c - s. A first pass recomputes W and out and writes g' and s at HR. In a second one a
-thread owns an LR pixel and gathers from the HR pixels of the cells around it: no atomics, one
-writer per gradient, the same bits every time. What it sums are the moments of dL/dq (dy, dx, dy^2,
-...), from which the gradients of sigma, rho and offset follow at the end.
-
-**Points.** A thread of `forward_at` owns a point. For `backward_at` the points are sorted by cell,
-so that an LR pixel finds those around it in (2 r + 1)^2 short runs.
-
 Geometry and sums are float32 whatever the storage type; offsets into tensors are int64.
 """
+
+# A checker knows nothing of what a kernel's body means; of the launchers it checks all else:
+# pyright: strict, reportMissingTypeStubs=false, reportMissingParameterType=false
+# pyright: reportUnknownParameterType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from gsr.kernels.configs import points_config, splat_config
 from torch import Tensor
+
+from gsr.ops.arguments import Gaussians, Grid, Weighting, join_channels, split_channels
+
+from .configs import points_config, splat_config
 
 # An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
 SIZES = ["h", "w", "big_h", "big_w"]
@@ -54,14 +48,17 @@ def _program(across, lines):
 
 
 @triton.jit
-def _first(i, n, n_hr):
-    """First of n_hr HR indices in cell i of n: the least Y with (2 Y + 1) n >= 2 n_hr i."""
+def _start(i, n, n_hr):
+    """Where cell i of n starts: the least of n_hr HR indices Y with (2 Y + 1) n >= 2 n_hr i."""
     return (tl.maximum(2 * n_hr * i - n, 0) + 2 * n - 1) // (2 * n)
 
 
 @triton.jit
 def _place(y, i, n, n_hr):
-    """Position of HR index y relative to LR index i, LR pixels, float32."""
+    """Position of HR index y relative to LR index i, LR pixels, float32.
+
+    The difference is one of whole numbers, so no image is too large for float32.
+    """
     return ((2 * y + 1) * n - (2 * i + 1) * n_hr).to(tl.float32) / (2 * n_hr).to(tl.float32)
 
 
@@ -124,6 +121,8 @@ def _write_gradients(
 
 
 # ---- the grid -----------------------------------------------------------------------------------
+# The HR pixels whose nearest LR pixel is i, its cell, are those Y with
+# floor((2 Y + 1) h / 2 H) = i. All of them share the same Gaussians.
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -139,6 +138,8 @@ def splat_forward(
     The Gaussians' tensors hold LR rows top ... top + held - 1 of h; `rows` HR rows from row0 on are
     wanted. Program (cells of a row x PY x PX pixels of each, of `lines` rows, image).
     """
+    # A thread owns a cell: tensors are [.., pixels, cells] with the cells along the last axis,
+    # which Triton spreads over the lanes, and the pixels of a cell in a thread's registers.
     pid, cell, b = _program(tl.cdiv(w, CELLS) * blocks_y * blocks_x, lines)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
@@ -147,10 +148,10 @@ def splat_forward(
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
     pixel = tl.arange(0, PY * PX)
-    y = _first(i, h, big_h) + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
-    x = _first(wide, w, big_w)[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
-    inside = (y < _first(i + 1, h, big_h)) & (y >= row0) & (y < row0 + rows)
-    inside = inside[:, None] & (x < _first(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]
+    y = _start(i, h, big_h) + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
+    x = _start(wide, w, big_w)[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
+    inside = (y < _start(i + 1, h, big_h)) & (y >= row0) & (y < row0 + rows)
+    inside = inside[:, None] & (x < _start(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]
     fy = _place(y, i, h, big_h)[:, None]
     fx = _place(x, wide[None, :], w, big_w)
     x = x.to(tl.int32)
@@ -164,6 +165,8 @@ def splat_forward(
         ii, jj = zeros + i + di, j + dj
         exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)
         row = (i + di - top).to(tl.int64) * w
+        # A Gaussian is loaded once and used for PY x PX pixels; neighbouring lanes load
+        # neighbouring LR pixels.
         for k in range(K):
             g = b * K + k
             sy, sx, r, alpha, oy, ox = _gaussian(
@@ -186,13 +189,15 @@ def splat_forward(
         share = 1.0 / (total + eps)
         acc = acc * share[None, :, :]
     if PREPARE:
+        # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
+        # sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
         place = ((b * C + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
         scaled = tl.load(grad + place, mask, other=0.0).to(tl.float32) * share[None, :, :]
         s = tl.sum(scaled * acc, axis=0)
-        first = b * (C + 1)
-        place = ((first + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
+        plane_0 = b * (C + 1)
+        place = ((plane_0 + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
         tl.store(out + place, scaled, mask)
-        tl.store(out + ((first + C) * size + line)[:, None] + x, s, inside)
+        tl.store(out + ((plane_0 + C) * size + line)[:, None] + x, s, inside)
     else:
         place = ((b * C + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
         tl.store(out + place, acc.to(out.dtype.element_ty), mask)
@@ -211,6 +216,8 @@ def splat_backward(
     `grad` is g' and s, [B, C + 1, rows, W], from PREPARE; without NORMALIZE it is dL/dout itself.
     Program (LR pixels of a row, row, image and k).
     """
+    # A thread owns a Gaussian and gathers from the HR pixels of the cells around it: no atomics,
+    # one writer for each gradient, the same bits every time.
     block, held_row, g = _program(tl.cdiv(w, CELLS), held)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
@@ -229,22 +236,24 @@ def splat_backward(
     v_at = ((g * C + channel) * plane + row)[:, None] + j[None, :]
     v = tl.load(values + v_at, v_mask, other=0.0).to(tl.float32)
 
+    # Sums: gradients of the values and the opacity, and the moments of dL/dq (dy^2, dy dx, ...),
+    # from which those of sigma, rho and offset follow at the end.
     dv = tl.zeros([CP, CELLS], tl.float32)
     d_alpha = tl.zeros([CELLS], tl.float32)
     myy, myx, mxx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
     my, mx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
-    y0 = tl.maximum(_first(tl.maximum(i - R, 0), h, big_h), row0)
-    y1 = tl.minimum(_first(tl.minimum(i + R + 1, h), h, big_h), row0 + rows)
-    for y in range(y0, y1):
+    start = tl.maximum(_start(tl.maximum(i - R, 0), h, big_h), row0)
+    stop = tl.minimum(_start(tl.minimum(i + R + 1, h), h, big_h), row0 + rows)
+    for y in range(start, stop):
         dy = _place(y, i, h, big_h) - oy
         line = ((g // K * planes + channel) * rows + (y - row0)) * big_w
         for dj in range(-R, R + 1):
             jj = wide + dj
             exists = (jj >= 0) & (jj < w)
-            x0, x1 = _first(jj, w, big_w), _first(jj + 1, w, big_w)
+            x_start, x_stop = _start(jj, w, big_w), _start(jj + 1, w, big_w)
             for cx in range(0, max_x, PX):
-                x = x0[None, :] + (cx + pixel)[:, None]
-                inside = (x < x1[None, :]) & exists[None, :]
+                x = x_start[None, :] + (cx + pixel)[:, None]
+                inside = (x < x_stop[None, :]) & exists[None, :]
                 dx = _place(x, wide[None, :], w, big_w) - ox[None, :]
                 x = x.to(tl.int32)
                 scaled = tl.load(
@@ -254,8 +263,8 @@ def splat_backward(
                 ).to(tl.float32)
                 d_weight = tl.sum(scaled * v[:, None, :], axis=0)
                 if NORMALIZE:
-                    last = ((g // K * planes + C) * rows + (y - row0)) * big_w
-                    d_weight -= tl.load(grad + last + x, inside, other=0.0)
+                    line_s = ((g // K * planes + C) * rows + (y - row0)) * big_w
+                    d_weight -= tl.load(grad + line_s + x, inside, other=0.0)
                 e = _falloff(ca[None, :], cb[None, :], cc[None, :], dy[None, :], dx)
                 weight = alpha[None, :] * e
                 dv += tl.sum(scaled * weight[None, :, :], axis=1)
@@ -294,6 +303,7 @@ def points_forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [B, Q, C]; with PREPARE g' and s, [B, Q, C + 1]. Program (points, image)."""
+    # A thread owns a point.
     block, _, b = _program(tl.cdiv(queries, BLOCK), 1)
     h, w = h.to(tl.int64), w.to(tl.int64)
     plane = h * w
@@ -344,13 +354,13 @@ def points_forward(
 
 @triton.jit(do_not_specialize=SIZES[:2])
 def points_backward(
-    grad, points, order, start,
+    grad, points, order, starts,
     values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
     h, w,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """As `splat_backward`; the points of cell n of all images are order[start[n]:start[n + 1]].
+    """As `splat_backward`; the points of cell n of all images are order[starts[n]:starts[n + 1]].
 
     `grad` is [B Q, C + 1] from PREPARE, or [B Q, C] without NORMALIZE; `points` [B Q, 2].
     """
@@ -380,11 +390,12 @@ def points_backward(
         ii, jj = zeros + i + di, j + dj
         exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)
         cell = b * plane + ii * w + jj
-        begin = tl.load(start + cell, exists, other=0)
-        end = tl.load(start + cell + 1, exists, other=0)
-        for t in range(tl.max(end - begin, axis=0)):
-            real = begin + t < end
-            q = tl.load(order + begin + t, real, other=0)
+        # The points are sorted by cell, so those around an LR pixel are (2 R + 1)^2 short runs.
+        start = tl.load(starts + cell, exists, other=0)
+        stop = tl.load(starts + cell + 1, exists, other=0)
+        for t in range(tl.max(stop - start, axis=0)):  # pyright: ignore[reportArgumentType]
+            real = start + t < stop
+            q = tl.load(order + start + t, real, other=0)
             y = tl.load(points + 2 * q, real, other=0.0)
             x = tl.load(points + 2 * q + 1, real, other=0.0)
             scaled = tl.load(
@@ -418,9 +429,12 @@ def points_backward(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-def on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run the programs of a kernel whose first argument is a tensor."""
+    # Triton launches on the current device, which need not be the tensor's.
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
 def _wide(h: int, w: int, big_h: int, big_w: int) -> bool:
@@ -431,161 +445,147 @@ def _wide(h: int, w: int, big_h: int, big_w: int) -> bool:
     return 2 * max((h + 512) * (big_h + 512), (w + 512) * (big_w + 512)) >= 2**31
 
 
+def _constants(gaussians: Gaussians, weighting: Weighting) -> dict[str, Any]:
+    """What all kernels are compiled for."""
+    _, k, c, _, _ = gaussians.values.shape
+    return {
+        "K": k, "C": c, "CP": triton.next_power_of_2(c), "R": weighting.radius,
+        "NORMALIZE": weighting.normalize, "HAS_OFFSET": gaussians.offset is not None,
+    }  # fmt: skip
+
+
+def _pointers(gaussians: Gaussians) -> list[Tensor]:
+    """The tensors in the order of the kernels' arguments, with any of them for no offset."""
+    return [gaussians.values if t is None else t for t in gaussians]
+
+
+def forward(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
+    """`gsr.ops.reference.splat`: [B, C, stop - start, W] in values' type."""
+    parts = split_channels(gaussians, CHANNELS)
+    return torch.cat([_forward(part, grid, weighting) for part in parts], 1)
+
+
+def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
+    """Gradients, float32, of the Gaussians from that of `forward`'s result."""
+    parts = zip(grad.split(CHANNELS, 1), split_channels(gaussians, CHANNELS), strict=True)
+    return join_channels([_backward(g, part, grid, weighting) for g, part in parts])
+
+
 def _forward(
-    values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None, grad=None
-):
-    values, sigma, rho, opacity = (t.contiguous() for t in (values, sigma, rho, opacity))
-    offset = None if offset is None else offset.contiguous()
-    b, k, c, held, w = values.shape
-    top, h = band or (0, held)
-    (first, last), (big_h, big_w) = rows, size
-    prepare = grad is not None
+    gaussians: Gaussians, grid: Grid, weighting: Weighting, *, grad: Tensor | None = None
+) -> Tensor:
+    gaussians, prepare = gaussians.map(Tensor.contiguous), grad is not None
+    values = gaussians.values
+    b, _, c, held, w = values.shape
+    (big_h, big_w), (start, stop), (top, h) = grid
     out = torch.empty(
-        b, c + prepare, last - first, big_w,
+        b, c + prepare, stop - start, big_w,
         device=values.device, dtype=torch.float32 if prepare else values.dtype,
     )  # fmt: skip
-    # Cells of the first and the last row wanted.
-    i0, i1 = ((2 * y + 1) * h // (2 * big_h) for y in (first, last - 1))
-    kind = "prepare" if prepare else "forward"
-    wide = _wide(h, w, big_h, big_w)
-    config = splat_config(kind, values.device, h, w, big_h, big_w, c, wide)
-    blocks_y = triton.cdiv(triton.cdiv(big_h, h), config["PY"])
-    blocks_x = triton.cdiv(triton.cdiv(big_w, w), config["PX"])
-    across, lines = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x, i1 - i0 + 1
-    with on_device(values):
-        splat_forward[(across * lines * b,)](
-            values, sigma, rho, opacity, values if offset is None else offset,
-            grad if prepare else values, out,
-            h, w, big_h, big_w, top, held, first, last - first, i0, lines, blocks_y, blocks_x, eps,
-            K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
-            NORMALIZE=normalize, HAS_OFFSET=offset is not None, PREPARE=prepare,
-            WIDE=wide, **config,
-        )  # fmt: skip
+    kind, wide = "prepare" if prepare else "forward", _wide(h, w, big_h, big_w)
+    cell = triton.cdiv(big_h, h), triton.cdiv(big_w, w)
+    config = splat_config(kind, values.device, cell, channels=c, wide=wide)
+    blocks_y, blocks_x = triton.cdiv(cell[0], config["PY"]), triton.cdiv(cell[1], config["PX"])
+    across = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x
+    # Rows of cells: from that of the first HR row wanted to that of the last one.
+    i0, i1 = ((2 * y + 1) * h // (2 * big_h) for y in (start, stop - 1))
+    lines = i1 + 1 - i0
+    launch(
+        splat_forward, (across * lines * b,),
+        *_pointers(gaussians), values if grad is None else grad, out,
+        h, w, big_h, big_w, top, held, start, stop - start, i0, lines, blocks_y, blocks_x,
+        weighting.eps, PREPARE=prepare, WIDE=wide, **_constants(gaussians, weighting), **config,
+    )  # fmt: skip
     return out
 
 
-def forward(
-    values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
-) -> Tensor:  # fmt: skip
-    """`gsr.ops.reference.splat` of HR rows rows[0] to rows[1]: [B, C, rows, W] in values' type."""
-    rest = sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band
-    return torch.cat([_forward(part, *rest) for part in values.split(CHANNELS, 2)], 1)
-
-
-def backward(
-    grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients, float32, of values, sigma, rho, opacity, offset from that of `forward`."""
-    rest = sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band
-    parts = zip(grad.split(CHANNELS, 1), values.split(CHANNELS, 2), strict=True)
-    return _joined([_backward(part, of, *rest) for part, of in parts])
-
-
-def _joined(parts):
-    """Gradients of all channels from those of some: of the weights they are sums."""
-    values, *others = zip(*parts, strict=True)
-    return torch.cat(values, 2), *(None if t[0] is None else sum(t[1:], t[0]) for t in others)
-
-
-def _backward(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
-    grad, values, sigma, rho, opacity = (
-        t.contiguous() for t in (grad, values, sigma, rho, opacity)
-    )
-    offset = None if offset is None else offset.contiguous()
-    if normalize:
-        grad = _forward(
-            values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band, grad
-        )
+def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
+    grad, gaussians = grad.contiguous(), gaussians.map(Tensor.contiguous)
+    values = gaussians.values
+    if weighting.normalize:
+        grad = _forward(gaussians, grid, weighting, grad=grad)
     b, k, c, held, w = values.shape
-    top, h = band or (0, held)
-    (first, last), (big_h, big_w) = rows, size
-    gradients = _empty_gradients(values, sigma, rho, opacity, offset)
-    wide = _wide(h, w, big_h, big_w)
-    config = splat_config("backward", values.device, h, w, big_h, big_w, c, wide)
-    with on_device(values):
-        splat_backward[(triton.cdiv(w, config["CELLS"]) * held * b * k,)](
-            grad, values, sigma, rho, opacity, values if offset is None else offset,
-            *gradients[:4], values if offset is None else gradients[4],
-            h, w, big_h, big_w, top, held, first, last - first, triton.cdiv(big_w, w),
-            K=k, C=c, CP=triton.next_power_of_2(c), R=radius, NORMALIZE=normalize,
-            HAS_OFFSET=offset is not None, WIDE=wide, **config,
-        )  # fmt: skip
+    (big_h, big_w), (start, stop), (top, h) = grid
+    gradients = gaussians.map(_empty_gradient)
+    cell, wide = (triton.cdiv(big_h, h), triton.cdiv(big_w, w)), _wide(h, w, big_h, big_w)
+    config = splat_config("backward", values.device, cell, channels=c, wide=wide)
+    launch(
+        splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
+        grad, *_pointers(gaussians), *_pointers(gradients),
+        h, w, big_h, big_w, top, held, start, stop - start, cell[1],
+        WIDE=wide, **_constants(gaussians, weighting), **config,
+    )  # fmt: skip
     return gradients
 
 
-def _empty_gradients(values, sigma, rho, opacity, offset):
-    return tuple(
-        None if t is None else torch.empty_like(t, dtype=torch.float32)
-        for t in (values, sigma, rho, opacity, offset)
-    )
+def _empty_gradient(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, dtype=torch.float32)
 
 
-def _forward_at(values, sigma, rho, opacity, offset, points, radius, normalize, eps, grad=None):
-    values, sigma, rho, opacity, points = (
-        t.contiguous() for t in (values, sigma, rho, opacity, points)
+def forward_at(gaussians: Gaussians, points: Tensor, weighting: Weighting) -> Tensor:
+    """`gsr.ops.reference.splat_at`: [B, Q, C] in values' type."""
+    parts = split_channels(gaussians, CHANNELS)
+    return torch.cat([_forward_at(part, points, weighting) for part in parts], 2)
+
+
+def backward_at(
+    grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
+) -> Gaussians:
+    """Gradients as `backward` gives them, from that of `forward_at`'s result."""
+    parts = zip(grad.split(CHANNELS, 2), split_channels(gaussians, CHANNELS), strict=True)
+    return join_channels([_backward_at(g, part, points, weighting) for g, part in parts])
+
+
+def _forward_at(
+    gaussians: Gaussians, points: Tensor, weighting: Weighting, *, grad: Tensor | None = None
+) -> Tensor:
+    gaussians, points, prepare = (
+        gaussians.map(Tensor.contiguous),
+        points.contiguous(),
+        grad is not None,
     )
-    offset = None if offset is None else offset.contiguous()
-    b, k, c, h, w = values.shape
-    queries, prepare = points.shape[1], grad is not None
+    values, queries = gaussians.values, points.shape[1]
+    b, _, c, h, w = values.shape
     out = torch.empty(
         b, queries, c + prepare,
         device=values.device, dtype=torch.float32 if prepare else values.dtype,
     )  # fmt: skip
     config = points_config("forward", values.device)
     if queries:
-        with on_device(values):
-            points_forward[(triton.cdiv(queries, config["BLOCK"]) * b,)](
-                values, sigma, rho, opacity, values if offset is None else offset, points,
-                grad if prepare else values, out, h, w, queries, eps,
-                K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
-                NORMALIZE=normalize, HAS_OFFSET=offset is not None, PREPARE=prepare, **config,
-            )  # fmt: skip
+        launch(
+            points_forward, (triton.cdiv(queries, config["BLOCK"]) * b,),
+            *_pointers(gaussians), points, values if grad is None else grad, out,
+            h, w, queries, weighting.eps,
+            PREPARE=prepare, **_constants(gaussians, weighting), **config,
+        )  # fmt: skip
     return out
 
 
-def forward_at(
-    values, sigma, rho, opacity, offset, points, radius, normalize, eps
-) -> Tensor:  # fmt: skip
-    """`gsr.ops.reference.splat_at`: [B, Q, C] in values' type."""
-    rest = sigma, rho, opacity, offset, points, radius, normalize, eps
-    return torch.cat([_forward_at(part, *rest) for part in values.split(CHANNELS, 2)], 2)
-
-
-def backward_at(
-    grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients as `backward` gives them, from that of `forward_at`'s result."""
-    rest = sigma, rho, opacity, offset, points, radius, normalize, eps
-    parts = zip(grad.split(CHANNELS, 2), values.split(CHANNELS, 2), strict=True)
-    return _joined([_backward_at(part, of, *rest) for part, of in parts])
-
-
-def _backward_at(grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps):
-    grad, values, sigma, rho, opacity, points = (
-        t.contiguous() for t in (grad, values, sigma, rho, opacity, points)
-    )
-    offset = None if offset is None else offset.contiguous()
-    if normalize:
-        grad = _forward_at(
-            values, sigma, rho, opacity, offset, points, radius, normalize, eps, grad
-        )
-    b, k, c, h, w = values.shape
-    order, start = sort_points(points, h, w)
-    gradients = _empty_gradients(values, sigma, rho, opacity, offset)
+def _backward_at(
+    grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
+) -> Gaussians:
+    grad, points = grad.contiguous(), points.contiguous()
+    gaussians = gaussians.map(Tensor.contiguous)
+    values = gaussians.values
+    if weighting.normalize:
+        grad = _forward_at(gaussians, points, weighting, grad=grad)
+    b, k, _, h, w = values.shape
+    order, starts = sort_points(points, h, w)
+    gradients = gaussians.map(_empty_gradient)
     config = points_config("backward", values.device)
-    with on_device(values):
-        points_backward[(triton.cdiv(w, config["CELLS"]) * h * b * k,)](
-            grad, points, order, start,
-            values, sigma, rho, opacity, values if offset is None else offset,
-            *gradients[:4], values if offset is None else gradients[4], h, w,
-            K=k, C=c, CP=triton.next_power_of_2(c), R=radius,
-            NORMALIZE=normalize, HAS_OFFSET=offset is not None, **config,
-        )  # fmt: skip
+    launch(
+        points_backward, (triton.cdiv(w, config["CELLS"]) * h * b * k,),
+        grad, points, order, starts, *_pointers(gaussians), *_pointers(gradients), h, w,
+        **_constants(gaussians, weighting), **config,
+    )  # fmt: skip
     return gradients
 
 
 def sort_points(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Points [B, Q, 2] by cell: their indices in B Q, and where each of the B h w cells starts."""
+    """Points [B, Q, 2] by cell: their indices in B Q, and where each of the B h w cells starts.
+
+    The last number is where the last cell stops.
+    """
     extent = points.new_tensor([h - 1, w - 1])
     y, x = torch.floor(points + 0.5).clamp(torch.zeros_like(extent), extent).long().unbind(-1)
     image = torch.arange(points.shape[0], device=points.device)[:, None]

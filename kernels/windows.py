@@ -5,25 +5,26 @@ channel and window m,
 
     out[p, m] = clamp(sum_n w[p, n] f[n, m], 0, 1)
 
-is one matrix product, [k_y k_x, n] by [n, B c L], on tensor cores. One small kernel makes w from
-the n kernels of taps x taps values by bilinear placement; the product reads features where they lie
-in the LR image and writes its block where it belongs in the HR one: no copy of the windows.
-
-Backward: the product is recomputed for the clamp's mask. A program owns the gradient of a block of
-features and loops over the pixels; another owns that of w for a block of pixels and a part of the
-windows, the parts being added in a fixed order. No atomics.
+is one matrix product, [k_y k_x, n] by [n, B c L], on tensor cores.
 """
+
+# A checker knows nothing of what a kernel's body means; of the launchers it checks all else:
+# pyright: strict, reportMissingTypeStubs=false, reportMissingParameterType=false
+# pyright: reportUnknownParameterType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from gsr.kernels.configs import windows_config
-from gsr.kernels.splat import on_device
 from torch import Tensor
+
+from .configs import windows_config
+from .splat import launch
 
 
 @triton.jit
@@ -45,8 +46,9 @@ def windows_weights(
     pixel, n = tl.program_id(0), tl.arange(0, NP)
     a, fy = _tap(pixel // kx, n // WINDOW, ky, WINDOW, TAPS)
     b, fx = _tap(pixel % kx, n % WINDOW, kx, WINDOW, TAPS)
+    # Bilinear placement: a pixel lies between two taps along each axis.
     w = tl.zeros([NP], tl.float32)
-    for corner in tl.static_range(4):
+    for corner in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]
         ta, tb = a + corner // 2, b + corner % 2
         share = (fy if corner // 2 else 1.0 - fy) * (fx if corner % 2 else 1.0 - fx)
         inside = (n < WINDOW * WINDOW) & (ta >= 0) & (ta < TAPS) & (tb >= 0) & (tb < TAPS)
@@ -95,6 +97,8 @@ def windows_forward(
     m = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     lr, hr = _columns(m, rows, columns, ky, kx, WINDOW)
     w = _weights(weights, pixel, ky, kx, WINDOW, NP)
+    # Features are read where they lie in the LR image, and the block is written where it belongs
+    # in the HR one: no copy of the windows.
     f, _, _ = _features(features, lr, columns, m, count, WINDOW, NP)
     product = tl.dot(w, f, input_precision=PRECISION)
     product = tl.minimum(tl.maximum(product, 0.0), 1.0)
@@ -108,6 +112,7 @@ def _masked_gradient(
     grad, w, f, hr, pixel, m, columns, count, ky, kx, PRECISION: tl.constexpr
 ):  # fmt: skip
     """dL/dproduct [P, M]: the gradient where the clamp let the value through."""
+    # The product is recomputed for the clamp's mask.
     product = tl.dot(w, f, input_precision=PRECISION)
     at = hr[None, :] + (pixel // kx * (columns * kx) + pixel % kx)[:, None]
     mask = (pixel < ky * kx)[:, None] & (m < count)[None, :]
@@ -121,7 +126,7 @@ def windows_backward_features(
     WINDOW: tl.constexpr, NP: tl.constexpr,
     PIXELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns)."""
+    """Program (block of columns): it owns their gradient and loops over the pixels."""
     m = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lr, hr = _columns(m, rows, columns, ky, kx, WINDOW)
     f, at, mask = _features(features, lr, columns, m, count, WINDOW, NP)
@@ -141,6 +146,7 @@ def windows_backward_weights(
     PIXELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part of dL/dw, [parts, k_y k_x, WINDOW^2]. Program (block of pixels, part of the columns)."""
+    # The launcher adds the parts in a fixed order: no atomics.
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     part = tl.program_id(1)
     w = _weights(weights, pixel, ky, kx, WINDOW, NP)
@@ -159,15 +165,13 @@ def windows_backward_weights(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-def _weights_of(kernels: Tensor, side: tuple[int, int]) -> tuple[Tensor, dict[str, int]]:
+def _weights_of(kernels: Tensor, side: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
     """w [k_y k_x, n] float32, and the constants that all kernels share."""
     n, taps, _ = kernels.shape
     constants = {"WINDOW": math.isqrt(n), "NP": max(16, triton.next_power_of_2(n))}
     weights = torch.empty(side[0] * side[1], n, device=kernels.device, dtype=torch.float32)
-    with on_device(kernels):
-        windows_weights[(len(weights),)](
-            kernels.float().contiguous(), weights, *side, TAPS=taps, **constants
-        )
+    kernels = kernels.float().contiguous()
+    launch(windows_weights, (len(weights),), kernels, weights, *side, TAPS=taps, **constants)
     return weights, constants
 
 
@@ -185,12 +189,12 @@ def forward(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> Tensor:
     ky, kx = side
     shape = *features.shape[:2], rows * ky, columns * kx
     out = torch.empty(shape, device=features.device, dtype=features.dtype)
-    c = windows_config("forward", features.device)
-    programs = triton.cdiv(count, c["COLUMNS"]) * triton.cdiv(ky * kx, c["PIXELS"])
-    with on_device(features):
-        windows_forward[(programs,)](
-            features, weights, out, rows, columns, count, ky, kx, **constants, **c
-        )
+    config = windows_config("forward", features.device)
+    blocks = triton.cdiv(count, config["COLUMNS"]) * triton.cdiv(ky * kx, config["PIXELS"])
+    launch(
+        windows_forward, (blocks,), features, weights, out, rows, columns, count, ky, kx,
+        **constants, **config,
+    )  # fmt: skip
     return out
 
 
@@ -202,18 +206,19 @@ def backward(
     weights, constants = _weights_of(kernels, side)
     rows, columns, count = _count(features, constants["WINDOW"])
     ky, kx = side
-    c = windows_config("backward", features.device)
-    blocks = triton.cdiv(count, c["COLUMNS"])
-    each = triton.cdiv(blocks, min(blocks, 32))
+    config = windows_config("backward", features.device)
+    blocks = triton.cdiv(count, config["COLUMNS"])
+    each = triton.cdiv(blocks, min(blocks, 32))  # blocks of a part
     parts = triton.cdiv(blocks, each)
     d_features = torch.empty_like(features, dtype=torch.float32)
     d_weights = torch.empty(parts, ky, kx, kernels.shape[0], device=weights.device)
-    with on_device(features):
-        windows_backward_features[(blocks,)](
-            grad, features, weights, d_features, rows, columns, count, ky, kx, **constants, **c
-        )
-        windows_backward_weights[(triton.cdiv(ky * kx, c["PIXELS"]), parts)](
-            grad, features, weights, d_weights, rows, columns, count, ky, kx, each,
-            **constants, **c,
-        )  # fmt: skip
+    launch(
+        windows_backward_features, (blocks,),
+        grad, features, weights, d_features, rows, columns, count, ky, kx, **constants, **config,
+    )  # fmt: skip
+    launch(
+        windows_backward_weights, (triton.cdiv(ky * kx, config["PIXELS"]), parts),
+        grad, features, weights, d_weights, rows, columns, count, ky, kx, each,
+        **constants, **config,
+    )  # fmt: skip
     return d_features, d_weights.sum(0)

@@ -1,10 +1,10 @@
-"""Single programs of the splat kernels in the far corner of pictures of billions of pixels.
+"""Single programs of the splat kernels in the far corner of images of billions of pixels.
 
     TRITON_INTERPRET=1 python tests/far_addresses.py            # errors as JSON on stdout
 
-The tensors are files with holes: the addresses are those of a 49,990 x 49,990 picture enlarged to
+The tensors are files with holes: the addresses are those of a 49,990 x 49,990 image upscaled to
 74,985 x 74,985, the disk holds only what is touched. A program at the end of the last row of the
-last image must give what the same Gaussians give in a small picture. Where an offset is computed in
+last image must give what the same Gaussians give in a small image. Where an offset is computed in
 32 bits, or a position loses its digits, it does not (or the process dies).
 
 The interpreter computes integers in the widths that the compiler gives them.
@@ -26,6 +26,7 @@ if __name__ == "__main__":  # under pytest the checkout is on the path already
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gsr.ops import reference  # noqa: E402
+from gsr.ops.arguments import Gaussians, Grid, Weighting  # noqa: E402
 
 B, K, C, R, EPS = 2, 2, 3, 1, 0.01
 SIDE, HR = 49_990, 74_985  # h w and H W are beyond 2^31
@@ -34,11 +35,11 @@ HR_ROWS, HR_COLUMNS = 9, 60
 TOP, LEFT = SIDE - ROWS, SIDE - COLUMNS
 CELLS = 32
 OWN = SIDE % CELLS  # columns of the last block
-LONGEST = 30_000  # LR pixels of a row enlarged by 9 / 8
+LONGEST = 30_000  # LR pixels of a row upscaled by 9 / 8
 QUERIES = 1_200_000_005  # for each image
 NEAR = 50  # of them are in the corner, the last ones
 TOLERANCE = 1e-5
-INPUTS = ("values", "sigma", "rho", "opacity", "offset")
+INPUTS = Gaussians._fields
 
 
 @contextlib.contextmanager
@@ -68,21 +69,24 @@ def run(kernels=None) -> dict[str, float]:
         return torch.rand(B, K, *shape, ROWS, COLUMNS, generator=g)
 
     # The corner, and the truth about it.
-    corner = [rand(C) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5]
+    corner = Gaussians(
+        rand(C) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5
+    )
     points = torch.rand(B, NEAR, 2, generator=g, dtype=torch.float64)
     points = points * torch.tensor([ROWS - 2, COLUMNS - 2]) + 1.5
     grad = torch.randn(B, C, HR_ROWS, HR_COLUMNS, generator=g)
     grad_at = torch.randn(B, NEAR, C, generator=g)
-    leaves = [t.double().requires_grad_() for t in corner]
-    small = (HR_ROWS, HR_COLUMNS)
-    want = reference.splat(*leaves[:4], small, leaves[4], R, True, EPS)
-    want_at = reference.splat_at(*leaves[:4], points, leaves[4], R, True, EPS)
+    leaves = corner.map(lambda t: t.double().requires_grad_())
+    grid = Grid((HR_ROWS, HR_COLUMNS), (0, HR_ROWS), (0, ROWS))
+    weighting = Weighting(R, True, EPS)
+    want = reference.splat(leaves, grid, weighting)
+    want_at = reference.splat_at(leaves, points, weighting)
     want_grads = torch.autograd.grad(want, leaves, grad.double())
     want_grads_at = torch.autograd.grad(want_at, leaves, grad_at.double())
     want, want_at = want.detach(), want_at.detach()
-    prepared = kernels._forward(*corner, small, (0, HR_ROWS), R, True, EPS, None, grad)
-    prepared_at = kernels._forward_at(*corner, points, R, True, EPS, grad_at)
-    order, start = kernels.sort_points(points, ROWS, COLUMNS)
+    prepared = kernels._forward(corner, grid, weighting, grad=grad)
+    prepared_at = kernels._forward_at(corner, points, weighting, grad=grad_at)
+    order, starts = kernels.sort_points(points, ROWS, COLUMNS)
 
     errors = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -165,18 +169,20 @@ def run(kernels=None) -> dict[str, float]:
             compare(f"points_forward {prepare=}", target[-1, -count:], true[-1, -count:])
         out_prepared[-1, -NEAR:] = prepared_at[-1]
         big_order = holes("order", B * QUERIES, dtype=torch.int64)
-        big_start = holes("start", B * SIDE * SIDE + 1, dtype=torch.int64)
+        big_starts = holes("starts", B * SIDE * SIDE + 1, dtype=torch.int64)
         # The corner's points of the last image alone, at the end of all points.
         mine = order[NEAR:] - NEAR
         big_order[-NEAR:] = (B * QUERIES - NEAR) + mine
-        starts = start[ROWS * COLUMNS : -1].view(ROWS, COLUMNS) - NEAR + (B * QUERIES - NEAR)
-        big_start[:-1].view(B, SIDE, SIDE)[-1, TOP:, LEFT:] = starts
-        big_start[-1] = B * QUERIES
-        # A row's last cell ends where the next row's first begins, far to the left.
-        big_start[:-1].view(B, SIDE, SIDE)[-1, TOP + 1 :, 0] = starts[1:, 0]
+        corner_starts = (
+            starts[ROWS * COLUMNS : -1].view(ROWS, COLUMNS) - NEAR + (B * QUERIES - NEAR)
+        )
+        big_starts[:-1].view(B, SIDE, SIDE)[-1, TOP:, LEFT:] = corner_starts
+        big_starts[-1] = B * QUERIES
+        # A row's last cell stops where the next row's first starts, far to the left.
+        big_starts[:-1].view(B, SIDE, SIDE)[-1, TOP + 1 :, 0] = corner_starts[1:, 0]
         with program(backward):
             kernels.points_backward[(1, 1, 1)](
-                out_prepared, big_points, big_order, big_start, *inputs, *gradients, SIDE, SIDE,
+                out_prepared, big_points, big_order, big_starts, *inputs, *gradients, SIDE, SIDE,
                 CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("points_backward", want_grads_at)
@@ -184,7 +190,7 @@ def run(kernels=None) -> dict[str, float]:
 
 
 def run_windows(kernels=None) -> dict[str, float]:
-    """Errors of the last program of `windows_forward` in a picture of more than 2^31 numbers."""
+    """Errors of the last program of `windows_forward` in an image of more than 2^31 numbers."""
     kernels = kernels or importlib.import_module("gsr.kernels.windows")
     window, taps, side, channels, across = 7, 5, 70, 8, 245
     ky, kx, count = side, side, channels * across * across  # the result: 17,150 x 17,150 x 8
@@ -222,10 +228,13 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
     def rand(*shape):
         return torch.rand(1, 1, *shape, 1, w, generator=g)
 
-    inputs = [rand(1) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5]
-    leaves = [t.double().requires_grad_() for t in inputs]
+    inputs = Gaussians(
+        rand(1) * 2 - 1, rand(2) * 0.8 + 0.2, rand() * 1.8 - 0.9, rand(), rand(2) - 0.5
+    )
+    leaves = inputs.map(lambda t: t.double().requires_grad_())
     grad = torch.randn(1, 1, 1, big_w, generator=g)
-    true = reference.splat(*leaves[:4], (1, big_w), leaves[4], R, False, EPS)
+    grid = Grid((1, big_w), (0, 1), (0, 1))
+    true = reference.splat(leaves, grid, Weighting(R, False, EPS))
     true_grads = torch.autograd.grad(true, leaves, grad.double())
     out = torch.full((1, 1, 1, big_w), float("nan"))
     gradients = [torch.full_like(t, float("nan")) for t in inputs]

@@ -38,6 +38,7 @@ if __name__ == "__main__":  # under pytest the checkout is on the path already
     sys.path.insert(0, str(ROOT))
 
 from gsr.ops import reference  # noqa: E402
+from gsr.ops.arguments import Gaussians, Grid, Weighting  # noqa: E402
 
 GRADIENTS = ("d_values", "d_sigma", "d_rho", "d_opacity", "d_offset")
 OUT, GRAD, HALF = 1e-5, 1e-4, 1e-6  # the tolerances, see `tolerances`
@@ -93,7 +94,7 @@ CASES = [
     Case("x30", (1, 1), (30, 7), radius=0),
     Case("x30 across", (1, 2), (2, 60)),
     Case("one pixel to one", (1, 1), (1, 1)),
-    Case("one pixel, window off the picture", (1, 1), (2, 3), radius=3),
+    Case("one pixel, window off the image", (1, 1), (2, 3), radius=3),
     Case("one row", (1, 9), (4, 22)),
     Case("one column", (4, 1), (9, 2)),
     Case("anisotropic tall", (1, 7), (11, 9)),
@@ -207,7 +208,7 @@ assert len({case.name for case in CASES + LARGE}) == len(CASES + LARGE)
 
 
 def draw_points(case: Case, rand) -> Tensor:
-    """[B, Q, 2] in the picture and up to 1.5 LR pixels around it, or as `case.where` says."""
+    """[B, Q, 2] in the image and up to 1.5 LR pixels around it, or as `case.where` says."""
     h, w = case.lr
     size = torch.tensor([h, w], dtype=torch.float64)
     kind, _, dtype = case.where.partition(" ")
@@ -240,8 +241,8 @@ def as_view(tensor: Tensor) -> Tensor:
     return wide[..., ::2].mT
 
 
-def draw(case: Case, device) -> tuple[list[Tensor | None], dict]:
-    """[values, sigma, rho, opacity, offset], and the other arguments of the reference."""
+def draw(case: Case, device) -> tuple[Gaussians, tuple[Grid | Tensor, Weighting]]:
+    """The Gaussians, and the other two arguments of the reference."""
     seed = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     dtype = getattr(torch, case.dtype)
     b, k, (h, w) = case.b, case.k, case.lr
@@ -252,26 +253,22 @@ def draw(case: Case, device) -> tuple[list[Tensor | None], dict]:
     def between(bounds, *shape):
         return bounds[0] + (bounds[1] - bounds[0]) * rand(b, k, *shape, h, w)
 
-    inputs = [
+    gaussians = Gaussians(
         between((-1.0, 1.0), case.c),
         between(case.sigma, 2),
         between(case.rho),
         between(case.opacity),
         between((-0.5, 0.5), 2) if case.offset else None,
-    ]
-    arguments = {"radius": case.radius, "normalize": case.normalize, "eps": case.eps}
+    )
     if case.op == "splat":
-        arguments |= {"size": case.hr, "rows": case.rows or (0, case.hr[0]), "band": case.band}
+        where = Grid(case.hr, case.rows or (0, case.hr[0]), case.band or (0, h))
     else:
-        points = draw_points(case, rand).to(device)
-        arguments["points"] = as_view(points) if case.views else guarded(points)
-    inputs = [None if t is None else t.to(device, dtype) for t in inputs]
+        where = (as_view if case.views else guarded)(draw_points(case, rand).to(device))
+    gaussians = gaussians.map(lambda t: t.to(device, dtype)).map(as_view if case.views else guarded)
     if case.views:
-        inputs = [None if t is None else as_view(t) for t in inputs]
-        inputs[3] = inputs[3][:1, :1, :, :1].expand(b, k, h, w)
-    else:
-        inputs = [None if t is None else guarded(t) for t in inputs]
-    return inputs, arguments
+        opacity = gaussians.opacity[:1, :1, :, :1].expand(b, k, h, w)
+        gaussians = gaussians._replace(opacity=opacity)
+    return gaussians, (where, Weighting(case.radius, case.normalize, case.eps))
 
 
 def draw_grad(case: Case, shape, device) -> Tensor:
@@ -337,8 +334,8 @@ def block_sizes(case: Case, kernels):
         return
     configs = importlib.import_module("gsr.kernels.configs")
 
-    def splat_config(kind, device, h, w, big_h, big_w, c, wide):
-        return configs.choose_splat(kind, case.arch, -(-big_h // h), -(-big_w // w), c, wide)
+    def splat_config(kind, device, cell, **more):
+        return configs.choose_splat(kind, case.arch, cell, **more)
 
     def points_config(kind, device):
         return configs.choose_points(kind, case.arch)
@@ -350,36 +347,31 @@ def block_sizes(case: Case, kernels):
         yield
 
 
-def run_kernels(case: Case, device, kernels) -> tuple[Tensor, list[Tensor | None], int]:
+def run_kernels(case: Case, device, kernels) -> tuple[Tensor, Gaussians, int]:
     """Output, gradients, and how many numbers beside the allocated ones were written."""
-    inputs, a = draw(case, device)
-    middle = [a["size"], a["rows"]] if case.op == "splat" else [a["points"]]
-    rest = (*inputs, *middle, case.radius, case.normalize, case.eps)
-    rest += (case.band,) if case.op == "splat" else ()
+    gaussians, rest = draw(case, device)
     suffix = "" if case.op == "splat" else "_at"
     with GuardedAllocations() as allocations, block_sizes(case, kernels):
-        out = getattr(kernels, "forward" + suffix)(*rest)
+        out = getattr(kernels, "forward" + suffix)(gaussians, *rest)
         grad = draw_grad(case, out.shape, device)
-        gradients = getattr(kernels, "backward" + suffix)(grad, *rest)
+        gradients = getattr(kernels, "backward" + suffix)(grad, gaussians, *rest)
         disturbed = allocations.disturbed()
-    return out, list(gradients), disturbed
+    return out, gradients, disturbed
 
 
 def run_reference(case: Case, device, dtype) -> tuple[Tensor, list[Tensor | None]]:
-    inputs, arguments = draw(case, device)
-    leaves = [
-        None if t is None else t.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        for t in inputs
-    ]
-    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    gaussians, (where, weighting) = draw(case, device)
+    leaves = gaussians.map(
+        lambda t: t.to(dtype, memory_format=torch.contiguous_format, copy=True).requires_grad_()
+    )
     whole = leaves
-    if arguments.pop("band", None):  # the truth is that of the whole picture, whatever is around
-        above = case.band[0]
-        around = (0, 0, above, case.band[1] - above - case.lr[0])
-        whole = [None if t is None else F.pad(t, around, value=0.5) for t in leaves]
-    *first, offset = whole
+    if case.band:  # the truth is that of the whole image, whatever is around
+        top, height = case.band
+        around = (0, 0, top, height - top - case.lr[0])
+        whole = leaves.map(lambda t: F.pad(t, around, value=0.5))
+        where = where._replace(band=(0, height))
     oracle = reference.splat if case.op == "splat" else reference.splat_at
-    out = oracle(*first, offset=offset, **arguments)
+    out = oracle(whole, where, weighting)
     grad = draw_grad(case, out.shape, device).to(dtype)
     wanted = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(out, wanted, grad))

@@ -72,19 +72,19 @@ FAULTS = [
           "(tl.maximum(2 * n_hr * i - n, 0) + 2 * n) // (2 * n)", ("ties x1.5",)),
     Fault("last row of cells not gathered", "tl.minimum(i + R + 1, h)", "tl.minimum(i + R, h)"),
     Fault("pixels of the next cell stored as well",
-          " & (x < _first(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]",
+          " & (x < _start(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]",
           " & (j < w)[None, :]", ("odd", "exactly one block")),
-    Fault("cells right of the picture stored",
+    Fault("cells right of the image stored",
           "[None, :]) & (j < w)[None, :]\n    fy", "[None, :])\n    fy", ("one pixel to one",)),
-    Fault("Gaussians left of the picture not masked",
+    Fault("Gaussians left of the image not masked",
           "exists = (ii >= 0) & (ii < h) & (jj >= 0) & (jj < w)\n        row",
           "exists = (ii >= 0) & (ii < h) & (jj < w)\n        row"),
     Fault("rows before the first wanted stored", " & (y >= row0)", "", ("rows across cells",)),
-    Fault("rows counted from the picture's top", "line = (y - row0).to(tl.int64) * big_w",
+    Fault("rows counted from the image's top", "line = (y - row0).to(tl.int64) * big_w",
           "line = y.to(tl.int64) * big_w",
           ("rows within a cell",)),
     Fault("normaliser's term missing",
-          "d_weight -= tl.load(grad + last + x, inside, other=0.0)", "pass"),
+          "d_weight -= tl.load(grad + line_s + x, inside, other=0.0)", "pass"),
     Fault("gradient of the wrong image", "line = ((g // K * planes + channel)",
           "line = ((g % K * planes + channel)", ("batch 3",)),
     Fault("Gaussians of the wrong image", "            g = b * K + k\n", "            g = k\n",
@@ -98,10 +98,10 @@ FAULTS = [
           "x = tl.load(points + 2 * (b * queries + q), real, other=0.0)\n"
           "    y = tl.load(points + 2 * (b * queries + q) + 1,", ("at outside",)),
     Fault("at: ties to the upper pixel", "tl.floor(p + 0.5)", "tl.ceil(p - 0.5)", ("at ties",)),
-    Fault("at: a cell's last point lost", "range(tl.max(end - begin, axis=0))",
-          "range(tl.max(end - begin, axis=0) - 1)", ("at ties",)),
-    Fault("at: points of the next cell as well", "real = begin + t < end",
-          "real = begin + t <= end", ("at outside",)),
+    Fault("at: a cell's last point lost", "range(tl.max(stop - start, axis=0))",
+          "range(tl.max(stop - start, axis=0) - 1)", ("at ties",)),
+    Fault("at: points of the next cell as well", "real = start + t < stop",
+          "real = start + t <= stop", ("at outside",)),
     Fault("at: normaliser's term missing",
           "d_weight -= tl.load(grad + q * planes + C, real, other=0.0)", "pass", ("at outside",)),
     Fault("at: window stops short", "exists = (i + di >= 0) & (i + di < h) ",
@@ -113,7 +113,7 @@ FAULTS = [
           "r = tl.load(rho + one + j, exists, other=0.0)", ("float16",)),
     Fault("planes of 32 bits", "plane, size = w.to(tl.int64) * held, big_w.to(tl.int64) * rows",
           "plane, size = w.to(tl.int32) * held, big_w.to(tl.int32) * rows", (FAR,)),
-    Fault("rows of a band counted from the picture's top", "row = (i + di - top).to(tl.int64) * w",
+    Fault("rows of a band counted from the image's top", "row = (i + di - top).to(tl.int64) * w",
           "row = (i + di).to(tl.int64) * w", ("band",)),
     Fault("64 bits wanted too late", " >= 2**31", " >= 2**34", (FAR,)),
     Fault("Gaussian's plane of 32 bits", "one = g * plane + row\n    two = one + g * plane  #",
@@ -165,7 +165,8 @@ def mutated(fault: Fault, source: str) -> str:
 
 
 def load(path: Path):
-    spec = importlib.util.spec_from_file_location("gsr_kernels_mutated", path)
+    # As a module of `gsr.kernels`: it imports others from there.
+    spec = importlib.util.spec_from_file_location("gsr.kernels.mutated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -35,7 +35,7 @@ def configs():
 # ---- splat --------------------------------------------------------------------------------------
 
 
-def test_splat_writes_a_report_and_its_picture(tmp_path, monkeypatch, capsys):
+def test_splat_writes_a_report_and_its_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute saved
     path = tmp_path / "splat.json"
     splat.main(
@@ -190,8 +190,8 @@ def test_autotune_without_a_gpu_prints_what_survives(static, monkeypatch, capsys
 
 
 def test_tuned_configurations_count_only_on_request(configs, tmp_path, monkeypatch):
-    cpu, sizes = torch.device("cpu"), (48, 48, 192, 192, 3)
-    shipped = configs.splat_config("forward", cpu, *sizes)
+    cpu, sizes = torch.device("cpu"), {"cell": (4, 4), "channels": 3}
+    shipped = configs.splat_config("forward", cpu, **sizes)
     tuned = {**shipped, "CELLS": 128}
     path = tmp_path / "gaussiansr" / "tuned.json"
     path.parent.mkdir()
@@ -199,13 +199,13 @@ def test_tuned_configurations_count_only_on_request(configs, tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("GSR_AUTOTUNE", raising=False)
     monkeypatch.delenv("GSR_TUNED", raising=False)
-    assert configs.splat_config("forward", cpu, *sizes) == shipped
+    assert configs.splat_config("forward", cpu, **sizes) == shipped
     monkeypatch.setenv("GSR_AUTOTUNE", "1")
-    assert configs.splat_config("forward", cpu, *sizes) == tuned
-    assert configs.splat_config("backward", cpu, *sizes)["num_warps"] == 1  # not in the file
+    assert configs.splat_config("forward", cpu, **sizes) == tuned
+    assert configs.splat_config("backward", cpu, **sizes)["num_warps"] == 1  # not in the file
     monkeypatch.setenv("GSR_TUNED", str(tmp_path / "none.json"))
     with pytest.raises(InputError, match="bench.autotune"):
-        configs.splat_config("forward", cpu, *sizes)
+        configs.splat_config("forward", cpu, **sizes)
 
 
 def test_shipped_blocks_suit_their_cells(configs):
@@ -214,13 +214,13 @@ def test_shipped_blocks_suit_their_cells(configs):
             for cy in range(1, 12):
                 for cx in range(1, 12):
                     for arch in ("default", "sm_80", "gfx942"):
-                        config = configs.choose_splat(kind, arch, cy, cx, channels)
+                        config = configs.choose_splat(kind, arch, (cy, cx), channels=channels)
                         assert config["PY"] <= configs.bucket(cy)
                         assert config["PX"] <= configs.bucket(cx)
                         assert config["PY"] * config["PX"] * channels <= 64
 
 
-# ---- pictures -----------------------------------------------------------------------------------
+# ---- plots --------------------------------------------------------------------------------------
 
 
 def test_figure(tmp_path):

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from gsr.ops import cpu, reference
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
-NAMES = ("values", "sigma", "rho", "opacity", "offset")
+NAMES = Gaussians._fields
 
 
 def field(b=1, k=2, c=3, h=4, w=5, sigma=(0.2, 0.8), rho=0.9, seed=0, dtype=torch.float32):
-    """values, sigma (evenly spread in its logarithm), rho, opacity, offset"""
+    """Gaussians with sigma evenly spread in its logarithm."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
         return torch.rand(b, k, *shape, h, w, generator=g, dtype=dtype)
 
     low, high = sigma
-    return (
+    return Gaussians(
         rand(c) * 2 - 1,
         low * (high / low) ** rand(2),
         (rand() * 2 - 1) * rho,
@@ -30,37 +31,49 @@ def field(b=1, k=2, c=3, h=4, w=5, sigma=(0.2, 0.8), rho=0.9, seed=0, dtype=torc
     )
 
 
+def whole(f, size, rows=None):
+    return Grid(size, rows or (0, size[0]), (0, f.values.shape[-2]))
+
+
+def forward(f, size, rows=None, radius=2):
+    return cpu.forward(f, whole(f, size, rows), Weighting(radius, True, 1e-2))
+
+
+def forward_at(f, points, radius=2):
+    return cpu.forward_at(f, points, Weighting(radius, True, 1e-2))
+
+
+def backward(grad, f, size, radius=1):
+    return cpu.backward(grad, f, whole(f, size), Weighting(radius, True, 1e-2))
+
+
 def rows_of(size, rows=None, radius=1, normalize=True, eps=1e-2):
     """Forward, backward and oracle of a grid, as functions of a field."""
-    args = (size, rows, radius, normalize, eps)
-
-    def oracle(values, sigma, rho, opacity, offset):
-        return reference.splat(
-            values, sigma, rho, opacity, size, offset, radius, normalize, eps, rows
-        )
-
-    return lambda f: cpu.forward(*f, *args), lambda g, f: cpu.backward(g, *f, *args), oracle
+    weighting = Weighting(radius, normalize, eps)
+    return (
+        lambda f: cpu.forward(f, whole(f, size, rows), weighting),
+        lambda g, f: cpu.backward(g, f, whole(f, size, rows), weighting),
+        lambda f: reference.splat(f, whole(f, size, rows), weighting),
+    )
 
 
 def points_of(points, radius=1, normalize=True, eps=1e-2):
-    args = (points, radius, normalize, eps)
-
-    def oracle(values, sigma, rho, opacity, offset):
-        return reference.splat_at(
-            values, sigma, rho, opacity, points, offset, radius, normalize, eps
-        )
-
-    return lambda f: cpu.forward_at(*f, *args), lambda g, f: cpu.backward_at(g, *f, *args), oracle
+    weighting = Weighting(radius, normalize, eps)
+    return (
+        lambda f: cpu.forward_at(f, points, weighting),
+        lambda g, f: cpu.backward_at(g, f, points, weighting),
+        lambda f: reference.splat_at(f, points, weighting),
+    )
 
 
 def by_oracle(oracle, f, dtype, grad=None):
     """Result, and gradients for `grad`, or for a drawn one that comes back as well."""
-    leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in f]
-    out = oracle(*leaves)
+    leaves = f.map(lambda t: t.to(dtype, copy=True).requires_grad_())
+    out = oracle(leaves)
     if grad is None:
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     out.backward(grad.to(dtype))
-    return out.detach(), [None if t is None else t.grad for t in leaves], grad
+    return out.detach(), leaves.map(lambda t: t.grad), grad
 
 
 def agree(functions, f, out=1e-5, gradients=1e-4):
@@ -88,7 +101,7 @@ def agree(functions, f, out=1e-5, gradients=1e-4):
 
 @pytest.fixture(autouse=True)
 def compiled(request):
-    """Only the tests of the form without Numba run where there is none."""
+    """Only the tests of the backend without Numba run where there is none."""
     if "no_numba" not in request.fixturenames and cpu._loops() is None:
         pytest.skip("Numba is not installed")
 
@@ -116,7 +129,7 @@ GRIDS = {
     "one HR pixel": (dict(h=5, w=4), dict(size=(1, 1), radius=2)),
     "1 to 1": (dict(h=1, w=1), dict(size=(1, 1), radius=0)),
     "radius 0": (dict(k=3, h=4, w=19), dict(size=(9, 50), radius=0, normalize=False)),
-    "radius above the picture": (dict(h=3, w=4), dict(size=(8, 9), radius=9)),
+    "radius above the image": (dict(h=3, w=4), dict(size=(8, 9), radius=9)),
     "narrow": (dict(k=4, h=6, w=16, sigma=(0.02, 0.05)), dict(size=(24, 64), radius=1)),
     "wide": (dict(k=2, h=6, w=9, sigma=(4.0, 5.0)), dict(size=(13, 20), radius=3)),
     "every sigma": (dict(k=4, h=6, w=9, sigma=(0.02, 5.0)), dict(size=(25, 37), radius=2)),
@@ -134,8 +147,7 @@ def test_grid(name, filled):
 
 
 def test_grid_without_offset():
-    values, sigma, rho, opacity, _ = field(k=4, h=5, w=18)
-    agree(rows_of((11, 40), radius=2), (values, sigma, rho, opacity, None))
+    agree(rows_of((11, 40), radius=2), field(k=4, h=5, w=18)._replace(offset=None))
 
 
 def test_eight_channels():
@@ -150,7 +162,7 @@ def test_more_channels(c):
 
 
 def spread(b, q, h, w, dtype=torch.float32):
-    """Points in and around a picture."""
+    """Points in and around an image."""
     g = torch.Generator().manual_seed(2)
     return torch.rand(b, q, 2, generator=g, dtype=dtype) * torch.tensor([h + 4, w + 4]) - 2.5
 
@@ -182,21 +194,20 @@ def test_points_half_way_between_pixels():
 @pytest.mark.parametrize("n", range(1, 40))
 def test_grid_knows_the_nearest_pixel(n):
     for size in (1, 2, 3, 5, 16, 37, 64, 118, 997):
-        nearest, away, first = cpu._axis(n, size)
+        nearest, away, start = cpu._axis(n, size)
         points = reference.grid_points(n, 1, (size, 1))[:, 0]
         expected = torch.floor(points + 0.5)
         assert nearest.tolist() == expected.tolist()
         torch.testing.assert_close(torch.from_numpy(away), points - expected, atol=1e-12, rtol=0)
         counts = torch.bincount(expected.long(), minlength=n)
-        assert first[0] == 0 and (first[1:] - first[:-1]).tolist() == counts.tolist()
+        assert start[0] == 0 and (start[1:] - start[:-1]).tolist() == counts.tolist()
 
 
 def test_points_of_the_grid_give_the_grid():
     f = field(b=2, k=4, h=5, w=18)
     points = reference.grid_points(5, 18, (12, 41)).expand(2, -1, -1)
-    at = cpu.forward_at(*f, points, 2, True, 1e-2)
-    whole = cpu.forward(*f, (12, 41), None, 2, True, 1e-2)
-    torch.testing.assert_close(at.mT.reshape(whole.shape), whole, atol=0, rtol=0)
+    at, grid = forward_at(f, points), forward(f, (12, 41))
+    torch.testing.assert_close(at.mT.reshape(grid.shape), grid, atol=0, rtol=0)
 
 
 def test_float64():
@@ -207,14 +218,14 @@ def test_float64():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
-    f = [t.to(dtype) for t in field(k=4, h=5, w=7)]
-    single = [t.float() for t in f]
+    f = field(k=4, h=5, w=7).map(lambda t: t.to(dtype))
+    single = f.map(torch.Tensor.float)
     forward, backward, _ = rows_of((11, 20), radius=2)
     out, grad = forward(f), torch.randn(1, 3, 11, 20).to(dtype)
     assert torch.equal(out, forward(single).to(dtype))
     for ours, ours_single in zip(backward(grad, f), backward(grad, single), strict=True):
         assert torch.equal(ours, ours_single.to(dtype))
-    mixed = [f[0], *single[1:]]
+    mixed = single._replace(values=f.values)
     assert forward(mixed).dtype == torch.float32
     assert [t.dtype for t in backward(grad, mixed)] == [dtype] + [torch.float32] * 4
 
@@ -225,8 +236,8 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_strides_do_not_matter():
     one = torch.rand(1, 2, 9, 4, 18)  # parameters side by side, as a convolution leaves them
     values, sigma, offset, rho, opacity = one.split([3, 2, 2, 1, 1], dim=2)
-    f = (values, sigma + 0.1, rho[:, :, 0] * 0.9, opacity[:, :, 0], offset)
-    views = (
+    f = Gaussians(values, sigma + 0.1, rho[:, :, 0] * 0.9, opacity[:, :, 0], offset)
+    views = Gaussians(
         f[0].expand(2, -1, -1, -1, -1),
         f[1].mT.contiguous().mT.expand(2, -1, -1, -1, -1),
         f[2][..., :1].expand(2, 2, 4, 18),
@@ -234,7 +245,7 @@ def test_strides_do_not_matter():
         f[4].expand(2, -1, -1, -1, -1),
     )
     forward, backward, _ = rows_of((9, 50))
-    copies = [t.contiguous() for t in views]
+    copies = views.map(torch.Tensor.contiguous)
     grad = torch.randn(1, 1, 1, 50).expand(2, 3, 9, 50)
     assert torch.equal(forward(views), forward(copies))
     for ours, expected in zip(
@@ -248,7 +259,8 @@ def test_strides_do_not_matter():
 
 def everything(f, h, w):
     """All results of all four functions, with more points in some pixels than others."""
-    crowd = torch.cat([spread(f[0].shape[0], 200, h, w), spread(f[0].shape[0], 300, 1, 1)], dim=1)
+    b = f.values.shape[0]
+    crowd = torch.cat([spread(b, 200, h, w), spread(b, 300, 1, 1)], dim=1)
     made = []
     for forward, backward, _ in (rows_of((3 * h, 2 * w), radius=2), points_of(crowd)):
         out = forward(f)
@@ -273,12 +285,10 @@ def test_results_do_not_depend_on_threads(monkeypatch):
 
 def test_results_do_not_depend_on_batch_or_rows():
     f = field(b=3, k=4, h=7, w=19)
-    whole = cpu.forward(*f, (20, 50), None, 2, True, 1e-2)
-    one = [t[1:2] for t in f]
-    assert torch.equal(cpu.forward(*one, (20, 50), None, 2, True, 1e-2), whole[1:2])
-    for rows in ((0, 1), (3, 11), (19, 20)):
-        part = cpu.forward(*f, (20, 50), rows, 2, True, 1e-2)
-        assert torch.equal(part, whole[:, :, rows[0] : rows[1]])
+    out = forward(f, (20, 50))
+    assert torch.equal(forward(f.map(lambda t: t[1:2]), (20, 50)), out[1:2])
+    for start, stop in ((0, 1), (3, 11), (19, 20)):
+        assert torch.equal(forward(f, (20, 50), (start, stop)), out[:, :, start:stop])
 
 
 def test_calls_from_several_threads(monkeypatch):
@@ -304,7 +314,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     caller = threading.get_ident()
 
-    def task(picture, first, last):
+    def task(image, start, stop):
         if threading.get_ident() != caller:
             raise MemoryError("no more")
         done.wait(10)
@@ -312,7 +322,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
     done = threading.Event()
     threading.Timer(0.2, done.set).start()
     with pytest.raises(MemoryError):
-        cpu._run(task, 1, 0, 99, 100)
+        cpu._run(task, 1, (0, 100), weights=100)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -348,8 +358,8 @@ def test_not_a_number_far_from_all_points_reaches_no_other():
 def test_points_that_are_not_numbers():
     f, points = field(h=5, w=21), spread(1, 50, 5, 21)
     points[0, 7, 0], points[0, 9, 1] = torch.nan, torch.inf
-    out, clean = cpu.forward_at(*f, points, 1, True, 1e-2), points.nan_to_num(0, 0, 0)
-    expected = cpu.forward_at(*f, clean, 1, True, 1e-2)
+    out, clean = forward_at(f, points, radius=1), points.nan_to_num(0, 0, 0)
+    expected = forward_at(f, clean, radius=1)
     others = torch.ones(50, dtype=torch.bool)
     others[[7, 9]] = False
     assert out[0, 7].isnan().all()
@@ -358,26 +368,26 @@ def test_points_that_are_not_numbers():
 
 def test_nothing_to_do():
     f = field(b=2)
-    assert cpu.forward(*f, (8, 9), (3, 3), 1, True, 1e-2).shape == (2, 3, 0, 9)
-    assert cpu.forward_at(*f, torch.zeros(2, 0, 2), 1, True, 1e-2).shape == (2, 0, 3)
-    made = cpu.backward_at(torch.zeros(2, 0, 3), *f, torch.zeros(2, 0, 2), 1, True, 1e-2)
+    assert forward(f, (8, 9), (3, 3)).shape == (2, 3, 0, 9)
+    assert forward_at(f, torch.zeros(2, 0, 2)).shape == (2, 0, 3)
+    weighting = Weighting(1, True, 1e-2)
+    made = cpu.backward_at(torch.zeros(2, 0, 3), f, torch.zeros(2, 0, 2), weighting)
     for gradient, t in zip(made, f, strict=True):
         assert torch.equal(gradient, torch.zeros_like(t))
 
 
 def test_inference_mode():
     f = field()
-    expected = cpu.forward(*f, (8, 9), None, 1, True, 1e-2)
+    expected = forward(f, (8, 9))
     with torch.inference_mode():
-        inside = [t.clone() for t in f]
-        assert torch.equal(cpu.forward(*inside, (8, 9), None, 1, True, 1e-2), expected)
+        assert torch.equal(forward(f.map(torch.clone), (8, 9)), expected)
 
 
 def test_gradients_of_requiring_tensors():
-    f = [t.requires_grad_() for t in field()]
-    out = cpu.forward(*f, (8, 9), None, 1, True, 1e-2)
+    f = field().map(torch.Tensor.requires_grad_)
+    out = forward(f, (8, 9), radius=1)
     assert not out.requires_grad
-    cpu.backward(out, *f, (8, 9), None, 1, True, 1e-2)
+    backward(out, f, (8, 9))
 
 
 def test_powers_of_two():
@@ -427,7 +437,7 @@ def test_without_numba(no_numba, monkeypatch, piece, capsys):
     f = field(b=2, k=2, h=4, w=5)
     agree(rows_of((9, 12), rows=(2, 8), radius=2), f)
     agree(points_of(spread(2, 33, 4, 5)), f)
-    agree(rows_of((9, 12)), (*f[:4], None))
+    agree(rows_of((9, 12)), f._replace(offset=None))
     hint = capsys.readouterr().err
     assert hint.count("pip install 'gaussiansr[cpu]'") == 1 and hint.count("\n") == 1
 
@@ -437,7 +447,7 @@ def test_without_numba_where_autograd_does_not_record(no_numba):
     _, _, oracle = rows_of((8, 9))
     _, expected, grad = by_oracle(oracle, f, torch.float32)
     with torch.inference_mode():
-        made = cpu.backward(grad.clone(), *[t.clone() for t in f], (8, 9), None, 1, True, 1e-2)
+        made = backward(grad.clone(), f.map(torch.clone), (8, 9))
     for ours, theirs in zip(made, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -463,20 +473,24 @@ def test_memory():
         """
         import torch
         from gsr.ops import cpu
+        from gsr.ops.arguments import Gaussians, Grid, Weighting
         torch.set_num_threads(2)
         def field(n):
             f = [torch.rand(1, 4, *s, n, n) for s in [(3,), (2,), (), (), (2,)]]
             f[1] += 0.1
-            return f
+            return Gaussians(*f)
+        def forward(f, n):
+            grid = Grid((4 * n, 4 * n), (0, 4 * n), (0, n))
+            return cpu.forward(f, grid, Weighting(1, True, 1e-2))
         def status(key):  # MB
             with open("/proc/self/status") as lines:
                 return next(int(x.split()[1]) for x in lines if x.startswith(key)) / 1024
-        cpu.forward(*field(64), (256, 256), None, 1, True, 1e-2)  # compiles
-        f, size = field(384), (1536, 1536)
+        forward(field(64), 64)  # compiles
+        f = field(384)
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")  # forgets the peak so far
         before = status("VmRSS")
-        out = cpu.forward(*f, size, None, 1, True, 1e-2)
+        out = forward(f, 384)
         print(status("VmHWM") - before - out.numel() * 4 / 2**20)
         """
     )
@@ -488,9 +502,9 @@ def test_other_devices_get_the_pieces_of_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_loops", lambda: pytest.fail("loops for another device"))
     with torch.device("meta"):
         values, rest = torch.rand(1, 2, 3, 4, 5), torch.rand(1, 2, 2, 4, 5)
-        field = values, rest, rest[:, :, 0], rest[:, :, 1], None
-    out = cpu.forward(*field, (8, 10), None, 1, True, 1e-6)
+        f = Gaussians(values, rest, rest[:, :, 0], rest[:, :, 1])
+    out = forward(f, (8, 10), radius=1)
     assert out.device.type == "meta" and out.shape == (1, 3, 8, 10)
-    gradients = cpu.backward(out, *field, (8, 10), None, 1, True, 1e-6)
-    for got, given in zip(gradients, field, strict=True):
+    gradients = backward(out, f, (8, 10))
+    for got, given in zip(gradients, f, strict=True):
         assert given is None or (got.device.type, got.shape) == ("meta", given.shape)

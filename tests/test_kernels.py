@@ -1,6 +1,6 @@
 """The splat kernels against the oracle: on Triton's interpreter anywhere, and on a GPU where it is.
 
-`kernel_cases.py` has the cases and the tolerances, `far_addresses.py` those of huge pictures.
+`kernel_cases.py` has the cases and the tolerances, `far_addresses.py` those of huge images.
 """
 
 import importlib.util
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gsr.ops import reference
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 HERE = Path(__file__).resolve().parent
 
@@ -131,7 +132,7 @@ class TestOnGPU:
         assert [cases.differing(case, "cuda") for _ in range(5)] == [0] * 5
 
     def test_more_than_2_to_the_31_numbers(self):
-        """The last rows of a picture whose offsets do not fit into 32 bits."""
+        """The last rows of an image whose offsets do not fit into 32 bits."""
         from gsr.kernels import splat
 
         size, lr, rows = (17_001, 17_002), (4_251, 4_253), (16_990, 17_001)
@@ -142,8 +143,10 @@ class TestOnGPU:
         def rand(*shape):
             return torch.rand(1, 1, *shape, *lr, generator=g, device="cuda")
 
-        inputs = [t.half() for t in (rand(8) * 2 - 1, rand(2) + 0.2, rand() - 0.5, rand() + 0.1)]
-        out = splat.forward(*inputs, None, size, (0, size[0]), 1, True, 0.01)
+        inputs = Gaussians(rand(8) * 2 - 1, rand(2) + 0.2, rand() - 0.5, rand() + 0.1)
+        inputs = inputs.map(torch.Tensor.half)
+        grid, weighting = Grid(size, (0, size[0]), (0, lr[0])), Weighting(1, True, 0.01)
+        out = splat.forward(inputs, grid, weighting)
         assert out.numel() > 2**31
-        want = reference.splat(*(t.float() for t in inputs), size, None, 1, True, 0.01, rows)
+        want = reference.splat(inputs.map(torch.Tensor.float), grid._replace(rows=rows), weighting)
         torch.testing.assert_close(out[:, :, rows[0] :].float(), want, atol=2e-3, rtol=0)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gsr import ops
 from gsr.ops import reference, splat, splat_at, splat_windows
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 
 def inputs(b=2, k=2, c=3, h=5, w=4, dtype=torch.float64, seed=0):
@@ -121,10 +122,14 @@ def test_windows_refuse():
 def test_expanded_gradients():
     """`.sum()` sends back a gradient whose strides are zero."""
     tensors, offset, points = inputs(dtype=torch.float32)
-    for run, oracle in ((splat, reference.splat), (splat_at, reference.splat_at)):
-        where = (9, 7) if run is splat else points
-        ours = torch.autograd.grad(run(*tensors, where, offset, radius=1).sum(), tensors)
-        theirs = torch.autograd.grad(oracle(*tensors, where, offset, radius=1).sum(), tensors)
+    gaussians, weighting = Gaussians(*tensors, offset), Weighting(1, True, 1e-6)
+    grid = Grid((9, 7), (0, 9), (0, 5))
+    for out, true in (
+        (splat(*tensors, (9, 7), offset, 1), reference.splat(gaussians, grid, weighting)),
+        (splat_at(*tensors, points, offset, 1), reference.splat_at(gaussians, points, weighting)),
+    ):
+        ours = torch.autograd.grad(out.sum(), tensors)
+        theirs = torch.autograd.grad(true.sum(), tensors)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4 * b.abs().max().item(), rtol=0)
 
@@ -151,7 +156,8 @@ def test_compile_whole_graph_with_dynamic_sizes():
     )
     for size in [(9, 7), (20, 33), (11, 12)]:
         ours = compiled(*tensors, offset, size=size)
-        theirs = reference.splat(*tensors, size, offset, radius=1) * 2
+        grid = Grid(size, (0, size[0]), (0, 5))
+        theirs = reference.splat(Gaussians(*tensors, offset), grid, Weighting(1, True, 1e-6)) * 2
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         a = torch.autograd.grad(ours.square().sum(), [*tensors, offset])
         b = torch.autograd.grad(theirs.square().sum(), [*tensors, offset])
@@ -187,7 +193,7 @@ def test_types_and_devices_must_agree():
 
 
 def test_the_example_fits_a_photograph(tmp_path):
-    """docs/fit_photograph.py in small: the picture it writes is close to the photograph."""
+    """docs/fit_photograph.py in small: the image it writes is close to the photograph."""
     root = Path(__file__).parents[1]
     with Image.open(root / "assets" / "demo.png") as photo:
         small = photo.convert("RGB").crop((60, 60, 120, 108))
@@ -205,26 +211,29 @@ def test_the_example_fits_a_photograph(tmp_path):
 
 
 @pytest.mark.parametrize("rows, band", [((9, 14), (2, 9)), ((0, 3), (0, 9)), ((20, 25), (5, 9))])
-@pytest.mark.parametrize("form", ["operator", "reference", "without Numba"])
-def test_a_band_of_the_picture_is_enough(form, rows, band, monkeypatch):
-    """Rows, and gradients, from the LR rows around them alone are those of the whole picture."""
+@pytest.mark.parametrize("backend", ["operator", "reference", "without Numba"])
+def test_a_band_of_the_image_is_enough(backend, rows, band, monkeypatch):
+    """Rows, and gradients, from the LR rows around them alone are those of the whole image."""
     (*tensors, offset), _, _ = whole = inputs(h=9)[0] + [inputs(h=9)[1]], None, None
-    if form == "without Numba":
+    if backend == "without Numba":
         monkeypatch.setattr("gsr.ops.cpu._loops", lambda: None)
-    function = reference.splat if form == "reference" else splat
-    first, last = ops.rows_needed(rows, 9, 25, 1)
-    assert band[0] <= first and last - first < 9
-    held = [t.detach()[..., band[0] : last, :].clone().requires_grad_() for t in whole[0]]
+    start, stop = ops.rows_needed(rows, 9, 25, 1)
+    assert band[0] <= start and stop - start < 9
+    held = [t.detach()[..., band[0] : stop, :].clone().requires_grad_() for t in whole[0]]
     grad = torch.randn(2, 3, rows[1] - rows[0], 7, dtype=torch.float64)
     out = splat(*tensors, (25, 7), offset, 1, True, 1e-2, rows)
-    part = function(*held[:4], (25, 7), held[4], 1, True, 1e-2, rows, band)
+    if backend == "reference":
+        grid = Grid((25, 7), rows, band)
+        part = reference.splat(Gaussians(*held), grid, Weighting(1, True, 1e-2))
+    else:
+        part = splat(*held[:4], (25, 7), held[4], 1, True, 1e-2, rows, band)
     torch.testing.assert_close(part, out)
     for ours, true in zip(
         torch.autograd.grad(part, held, grad),
         torch.autograd.grad(out, [*tensors, offset], grad),
         strict=True,
     ):
-        torch.testing.assert_close(ours, true[..., band[0] : last, :])
+        torch.testing.assert_close(ours, true[..., band[0] : stop, :])
 
 
 def test_a_band_without_the_rows_it_needs(monkeypatch):

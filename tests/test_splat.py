@@ -61,7 +61,7 @@ def test_splat_is_its_formula(size, radius, normalize):
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
 
 
-def test_one_pixel_picture():
+def test_one_pixel_image():
     g = gaussians(h=1, w=1, dtype=torch.float64)
     out = splat(**g, size=(5, 7), radius=3)
     expected = by_loops(**g, size=(5, 7), radius=3, normalize=True, eps=1e-6)

@@ -1,22 +1,14 @@
 """The loops of the CPU splat, compiled by Numba; `gsr.ops.cpu` prepares their arguments.
 
 The HR pixels (or query points) nearest to one LR pixel are its cell, and all of them sum over the
-same Gaussians. One cell has few pixels, so the loops put LANES neighbouring cells side by side:
-lane l is the cell of LR pixel j + l, a pass takes the next pixel of every cell, and the Gaussians
-of the LR pixels j + l + step are consecutive numbers in memory. Nothing is gathered while Gaussians
-are weighed, and no sum crosses lanes, so that neither the batch, nor the rows asked for, nor the
-number of threads can change a result.
-
-The vectors are spelt out, as a Numba type: those that LLVM finds by itself in loops over arrays
-keep the sums in memory and take four times as long.
-
-A Gaussian is kept as its centre, the whitening (a, b) of d = point - centre, and what it carries:
-
-    a = l_yy d_y + l_yx d_x    b = l_xx d_x    weight = opacity 2^-(a a + b b)
-
-which is the formula of `gsr.ops.reference.splat_at` with the Cholesky factor of its quadratic form.
-The sum of two squares does not cancel, as the form does when |rho| is near 1.
+same Gaussians. The loops put LANES neighbouring cells side by side in vectors, whose LLVM IR this
+module emits itself: plain Numba was 6 to 11 times slower.
 """
+
+# Numba and llvmlite have no types, and an intrinsic is called with other arguments than it is
+# defined with, which no checker understands:
+# pyright: basic, reportCallIssue=false, reportPrivateImportUsage=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -39,6 +31,8 @@ ROOT = np.sqrt(np.log2(np.e) / 2)  # exp(-q / 2) = 2^-(ROOT^2 q)
 BATCH = 64  # passes placed at a time (an even number): they stay in the first cache
 
 # ---- vectors -------------------------------------------------------------------------------------
+# A Numba type, so that sums stay in registers. The vectors that LLVM finds by itself in loops over
+# arrays keep them in memory.
 
 
 class Lanes(types.Type):
@@ -56,12 +50,14 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, ir.VectorType(number, LANES))
 
 
+FUSED = ("contract",)  # allows a fused multiply-add and nothing else: NaN and infinity stay
+
+
 def _define(symbol, instruction):
     @intrinsic
     def apply(context, a, b):
         def generate(context, builder, signature, args):
-            # "contract" allows a fused multiply-add and nothing else: NaN and infinity stay.
-            return getattr(builder, instruction)(*args, flags=("contract",))
+            return getattr(builder, instruction)(*args, flags=FUSED)
 
         return a(a, b), generate
 
@@ -82,6 +78,11 @@ for _symbol, _instruction in (
 
 def _constant(vector, number):
     return ir.Constant(vector, [number] * LANES)
+
+
+def _multiply_add(builder, a, b, c):
+    """a + b c"""
+    return builder.fadd(a, builder.fmul(b, c, flags=FUSED), flags=FUSED)
 
 
 def _function(builder, name, lanes, x):
@@ -184,8 +185,7 @@ def decay(context, lanes):
         power = builder.shl(builder.bitcast(biased, bits), _constant(bits, 23))
         series = _constant(x.type, _POWERS[-1])
         for coefficient in _POWERS[-2::-1]:
-            product = builder.fmul(series, rest, flags=("contract",))
-            series = builder.fadd(product, _constant(x.type, coefficient), flags=("contract",))
+            series = _multiply_add(builder, _constant(x.type, coefficient), series, rest)
         return builder.fmul(series, builder.bitcast(power, x.type))
 
     return lanes(lanes), generate
@@ -231,11 +231,8 @@ def add_products(context, sums, factors, factor):
     """(sums[c] + factors[c] factor for c)"""
 
     def generate(context, builder, signature, args):
-        lanes = []
-        for c in range(sums.count):
-            a, b = (builder.extract_value(args[n], c) for n in (0, 1))
-            product = builder.fmul(b, args[2], flags=("contract",))
-            lanes.append(builder.fadd(a, product, flags=("contract",)))
+        pairs = zip(*(cgutils.unpack_tuple(builder, args[n]) for n in (0, 1)), strict=True)
+        lanes = [_multiply_add(builder, a, b, args[2]) for a, b in pairs]
         return context.make_tuple(builder, sums, lanes)
 
     return sums(sums, factors, factor), generate
@@ -247,10 +244,8 @@ def add_dot(context, start, a, b):
 
     def generate(context, builder, signature, args):
         result = args[0]
-        for c in range(a.count):
-            x, y = (builder.extract_value(args[n], c) for n in (1, 2))
-            product = builder.fmul(x, y, flags=("contract",))
-            result = builder.fadd(result, product, flags=("contract",))
+        for x, y in zip(*(cgutils.unpack_tuple(builder, args[n]) for n in (1, 2)), strict=True):
+            result = _multiply_add(builder, result, x, y)
         return result
 
     return start(start, a, b), generate
@@ -261,9 +256,7 @@ def scale_all(context, lanes, factor):
     """(lanes[c] factor for c)"""
 
     def generate(context, builder, signature, args):
-        products = [
-            builder.fmul(builder.extract_value(args[0], c), args[1]) for c in range(lanes.count)
-        ]
+        products = [builder.fmul(x, args[1]) for x in cgutils.unpack_tuple(builder, args[0])]
         return context.make_tuple(builder, lanes, products)
 
     return lanes(lanes, factor), generate
@@ -275,8 +268,7 @@ def store_all(context, array, index, stride, lanes):
 
     def generate(context, builder, signature, args):
         where = args[1]
-        for c in range(lanes.count):
-            x = builder.extract_value(args[3], c)
+        for x in cgutils.unpack_tuple(builder, args[3]):
             address = _address(context, builder, array, args[0], where, x.type)
             builder.store(x, address, align=array.dtype.bitwidth // 8)
             where = builder.add(where, args[2])
@@ -316,9 +308,9 @@ class Cells(NamedTuple):
     their image.
     """
 
-    top: np.ndarray  # grid: [h + 1], first HR row of each row of cells
-    left: np.ndarray  # grid: [w + 1], first HR column of each column of cells
-    start: np.ndarray  # points: [B h w + 1], where each cell's points begin
+    top: np.ndarray  # grid: [h + 1], where the HR rows of each row of cells start
+    left: np.ndarray  # grid: [w + 1], where the HR columns of each column of cells start
+    start: np.ndarray  # points: [B h w + 1], where each cell's points start
     order: np.ndarray  # points: [B Q], number of the point
     y: np.ndarray  # grid: [H]; points: [B Q]
     x: np.ndarray  # grid: [W]; points: [B Q]
@@ -354,9 +346,9 @@ def _passes(cells, shape, b, i, j):
     """The most pixels that one of the cells (i, j ... j + LANES - 1) has."""
     most = 0
     if cells.order.size > 0:
-        first = (b * shape.h + i) * shape.w
+        row = (b * shape.h + i) * shape.w
         for column in range(j, min(j + LANES, shape.w)):
-            most = max(most, cells.start[first + column + 1] - cells.start[first + column])
+            most = max(most, cells.start[row + column + 1] - cells.start[row + column])
         return most
     for column in range(j, min(j + LANES, shape.w)):
         most = max(most, cells.left[column + 1] - cells.left[column])
@@ -365,10 +357,11 @@ def _passes(cells, shape, b, i, j):
 
 @_inlined
 def _place(cells, shape, b, i, j, skip, n, y, x, pixel):
-    """Coordinates and numbers of the pixels skip ... skip + n - 1 of LANES cells, pass by pass.
+    """Coordinates and numbers of n pixels from `skip` on of LANES cells, pass by pass.
 
     y, x, pixel: [n, LANES]; where a cell has no more pixels, 0, 0 and -1.
     """
+    # Lane l is the cell of LR pixel j + l, and a pass takes the next pixel of every cell.
     points = cells.order.size > 0
     for lane in range(LANES):
         column, put, stop = j + lane, lane, n * LANES + lane
@@ -394,6 +387,12 @@ def _place(cells, shape, b, i, j, skip, n, y, x, pixel):
 
 
 # ---- Gaussians -----------------------------------------------------------------------------------
+# A Gaussian is kept as its centre, the whitening (a, b) of d = point - centre, and what it carries:
+#
+#     a = l_yy d_y + l_yx d_x    b = l_xx d_x    weight = opacity 2^-(a a + b b)
+#
+# which is the formula of `gsr.ops.reference.splat_at` with the Cholesky factor of its quadratic
+# form. The sum of two squares does not cancel, as the form does when |rho| is near 1.
 
 
 @_inlined
@@ -478,6 +477,9 @@ def _sums(table, carried, shape, i, j, y, x, at):
 
     Two, because they share the loading of the Gaussians.
     """
+    # The Gaussians of the LR pixels j + l + step are consecutive numbers in memory: nothing is
+    # gathered. No sum crosses lanes, so that neither the batch, nor the rows asked for, nor the
+    # number of threads can change a result.
     width, window = _width(shape), 2 * shape.radius + 1
     size = (PARAMETERS - 1 + len(carried)) * width
     sums, sums_next = zeros(table, carried), zeros(table, carried)
@@ -511,7 +513,7 @@ def _scratch(array, channels):
 
 @_inlined
 def _slide(table, ready, planes, channels, shape, b, i):
-    """Prepare the LR rows from `ready` to the last that row i needs; row n goes to n % window."""
+    """Prepare the LR rows from `ready` on that row i needs; row n goes to n % window."""
     size = shape.k * (PARAMETERS + len(channels)) * _width(shape)
     stop = min(i + shape.radius + 1, shape.h)
     for row in range(ready, stop):
@@ -540,13 +542,13 @@ def _write(out, sums, scratch, channels, layout, b, pixel, at, normalize, eps):
 
 
 @_entry
-def splat(out, planes, channels, cells, shape, layout, normalize, eps, b, first, last):
-    """Fill `out` (flat) at the pixels of image b's rows of cells first ... last - 1."""
+def splat(out, planes, channels, cells, shape, layout, normalize, eps, b, start, stop):
+    """Fill `out` (flat) at the pixels of image b's rows of cells (start, stop)."""
     table = _table(out, channels, shape)
     y, x, pixel, scratch = _scratch(out, channels)
     carried = channels + (0,)  # the opacity, for the sum of weights, before the channels
-    ready = max(first - shape.radius, 0)
-    for i in range(first, last):
+    ready = max(start - shape.radius, 0)
+    for i in range(start, stop):
         ready = _slide(table, ready, planes, channels, shape, b, i)
         for j in range(0, shape.w, LANES):
             passes = _passes(cells, shape, b, i, j)
@@ -610,9 +612,9 @@ def _note(notes, at, grad, sums, scratch, channels, layout, b, y, x, pixel, plac
 
 @_entry
 def note(
-    notes, begin, grad, planes, channels, cells, shape, layout, normalize, eps, b, first, last
+    notes, begin, grad, planes, channels, cells, shape, layout, normalize, eps, b, start, stop
 ):
-    """Fill `notes` for image b's rows of cells first ... last - 1.
+    """Fill `notes` for image b's rows of cells (start, stop).
 
     [passes, 3 + C, LANES] (flat): y, x, S and G. `begin` is that of `count_passes`.
     """
@@ -620,9 +622,9 @@ def note(
     y, x, pixel, scratch = _scratch(notes, channels)
     carried = channels + (0,)
     step = (3 + len(channels)) * LANES
-    block = first * ((shape.w + LANES - 1) // LANES)
-    ready = max(first - shape.radius, 0)
-    for i in range(first, last):
+    block = start * ((shape.w + LANES - 1) // LANES)
+    ready = max(start - shape.radius, 0)
+    for i in range(start, stop):
         ready = _slide(table, ready, planes, channels, shape, b, i)
         for j in range(0, shape.w, LANES):
             passes, put = begin[b, block + 1] - begin[b, block], begin[b, block] * step
@@ -719,14 +721,14 @@ def _finish(out, sums, table, channels, shape, b, i):
 
 
 @_entry
-def gather(out, notes, begin, planes, channels, shape, b, first, last):
-    """Fill the planes `out` at image b's LR rows first ... last - 1 from `notes`."""
+def gather(out, notes, begin, planes, channels, shape, b, start, stop):
+    """Fill the planes `out` at image b's LR rows (start, stop) from `notes`."""
     width, radius = _width(shape), shape.radius
     size = (PARAMETERS + len(channels)) * width
     table = np.empty(shape.k * size, notes.dtype)
     sums = np.empty(shape.k * size, notes.dtype)
     blocks = (shape.w + LANES - 1) // LANES
-    for i in range(first, last):
+    for i in range(start, stop):
         _prepare(table, 0, planes, channels, shape, b, i, False)
         sums[:] = 0
         for row in range(max(i - radius, 0), min(i + radius + 1, shape.h)):

@@ -2,25 +2,31 @@
 
 `splat` and `splat_at` render Gaussians on a grid of LR pixels, `splat_windows` is the splat
 of the published code. Each computes what the function of the same name in `gsr.ops.reference`
-computes, in the form that suits the tensors: Triton kernels on CUDA, compiled loops on the CPU
+computes, with the backend for its tensors: Triton kernels on CUDA, compiled loops on the CPU
 (`gsr.ops.cpu`), the reference piece by piece everywhere else.
 
 In PyTorch's registry they are `gsr::splat`, `gsr::splat_at`, `gsr::splat_windows`; their backward
 passes have `_backward` added to the name. They can be differentiated once.
 """
 
+# torch.library's decorators are not annotated:
+# pyright: strict, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from gsr.ops import reference
+from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 
 def splat(
@@ -47,7 +53,7 @@ def splat(
         offset: [B, K, 2, h, w], centre (y, x) relative to the LR pixel's, LR pixels.
         radius: each HR pixel sums over the (2 radius + 1)^2 nearest LR pixels.
         normalize: divide by the total weight plus `eps`.
-        rows: (first, last): only these rows, [B, C, last - first, W].
+        rows: (start, stop): only these rows, [B, C, stop - start, W].
         band: (top, height): the tensors hold only the rows from `top` on, h of them, of an image
             that is `height` LR pixels high; those within `radius` of the HR rows must be among them
             (`rows_needed` says which).
@@ -60,28 +66,29 @@ def splat(
 
     Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.ops.reference.splat_at`.
     """
-    _check(values, sigma, rho, opacity, offset, radius)
+    _check(Gaussians(values, sigma, rho, opacity, offset), radius)
     rows = (0, size[0]) if rows is None else rows
     if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
         raise ValueError(f"rows {tuple(rows)} are not rows of an image of size {tuple(size)}")
     h = values.shape[-2]
     top, height = band = (0, h) if band is None else band
-    first, last = rows_needed(rows, height, size[0], radius)
-    if not (0 <= top <= first and last <= top + h <= height):
+    start, stop = rows_needed(rows, height, size[0], radius)
+    if not (0 <= top <= start and stop <= top + h <= height):
         raise ValueError(
-            f"HR rows {tuple(rows)} need LR rows {first} to {last - 1} of {height}, but the "
+            f"HR rows {tuple(rows)} need LR rows {start} to {stop - 1} of {height}, but the "
             f"tensors hold rows {top} to {top + h - 1}"
         )
     return _call(
-        _splat, _splat_now, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps,
+        _splat, _run_splat, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps,
         band,
     )  # fmt: skip
 
 
 def rows_needed(rows: tuple[int, int], h: int, h_hr: int, radius: int) -> tuple[int, int]:
-    """First and end of the LR rows, of h, within `radius` of those nearest to HR rows, of h_hr."""
-    first, last = ((2 * y + 1) * h // (2 * h_hr) for y in (rows[0], rows[1] - 1))
-    return max(first - radius, 0), min(last + radius + 1, h)
+    """(start, stop) of the LR rows, of h, within `radius` of those nearest to HR rows, of h_hr."""
+    start, stop = rows
+    nearest = (2 * start + 1) * h // (2 * h_hr), (2 * stop - 1) * h // (2 * h_hr)
+    return max(nearest[0] - radius, 0), min(nearest[1] + radius + 1, h)
 
 
 def splat_at(
@@ -100,7 +107,7 @@ def splat_at(
     `points` is float32 or float64 and gets no gradient: which LR pixels are nearest is a step
     function of it.
     """
-    _check(values, sigma, rho, opacity, offset, radius)
+    _check(Gaussians(values, sigma, rho, opacity, offset), radius)
     if points.dim() != 3 or points.shape[0] != values.shape[0] or points.shape[2] != 2:
         raise ValueError(f"points must be [{values.shape[0]}, Q, 2], not {list(points.shape)}")
     if points.dtype not in (torch.float32, torch.float64) or points.device != values.device:
@@ -109,7 +116,7 @@ def splat_at(
             f"{points.device}"
         )
     return _call(
-        _splat_at, _splat_at_now, values, sigma, rho, opacity, offset, points.detach(), radius,
+        _splat_at, _run_splat_at, values, sigma, rho, opacity, offset, points.detach(), radius,
         normalize, eps,
     )  # fmt: skip
 
@@ -141,24 +148,26 @@ def splat_windows(features: Tensor, kernels: Tensor, side: tuple[int, int]) -> T
         )
     if min(side) < kernels.shape[1]:
         raise ValueError(f"side must be at least {kernels.shape[1]} pixels, not {tuple(side)}")
-    return _call(_splat_windows, _splat_windows_now, features, kernels, side)
+    return _call(_splat_windows, _run_splat_windows, features, kernels, side)
 
 
-def _check(values, sigma, rho, opacity, offset, radius):
+def _check(gaussians: Gaussians, radius: int) -> None:
+    values = gaussians.values
     if values.dim() != 5:
         raise ValueError(f"values must be [B, K, C, h, w], not {list(values.shape)}")
     b, k, _, h, w = values.shape
-    want = {
-        "sigma": (sigma, (b, k, 2, h, w)),
-        "rho": (rho, (b, k, h, w)),
-        "opacity": (opacity, (b, k, h, w)),
-        "offset": (offset, (b, k, 2, h, w)),
+    shapes = {
+        "sigma": [b, k, 2, h, w],
+        "rho": [b, k, h, w],
+        "opacity": [b, k, h, w],
+        "offset": [b, k, 2, h, w],
     }
-    for name, (tensor, shape) in want.items():
+    for name, shape in shapes.items():
+        tensor: Tensor | None = getattr(gaussians, name)
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
         if tensor.dtype != values.dtype or tensor.device != values.device:
             raise ValueError(
                 f"{name} must be {values.dtype} on {values.device} as values are, not "
@@ -170,7 +179,23 @@ def _check(values, sigma, rho, opacity, offset, radius):
         raise ValueError(f"radius must be at least 0, not {radius}")
 
 
-# ---- forms --------------------------------------------------------------------------------------
+# ---- backends -----------------------------------------------------------------------------------
+
+
+class Backend(Protocol):
+    """What computes a splat and its gradients: `gsr.kernels.splat` or `gsr.ops.cpu`."""
+
+    def forward(self, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor: ...
+
+    def backward(
+        self, grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting
+    ) -> Gaussians: ...
+
+    def forward_at(self, gaussians: Gaussians, points: Tensor, weighting: Weighting) -> Tensor: ...
+
+    def backward_at(
+        self, grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
+    ) -> Gaussians: ...
 
 
 @functools.cache
@@ -182,58 +207,67 @@ def _runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
 
 
-def _form(values: Tensor):
-    """The module whose forward, backward, forward_at and backward_at serve these tensors."""
+def _kernels(name: str) -> Any:
+    """A module of `gsr.kernels`, of which no type checker finds the folder."""
+    return import_module(f"gsr.kernels.{name}")
+
+
+def _backend(values: Tensor) -> Backend:
     if _runs_triton(values):
-        from gsr.kernels import splat as form
-    else:
-        from gsr.ops import cpu as form
-    return form
+        return _kernels("splat")
+    from gsr.ops import cpu
+
+    return cpu
 
 
-def _call(op, now: Callable[..., Tensor], tensor: Tensor, *others) -> Tensor:
-    """op(tensor, ...), or now(tensor, ...), the same without PyTorch's registry.
+def _call(op: Callable[..., Tensor], run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """op(...), or run(...), the same without PyTorch's registry.
 
     The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that
-    nobody needs who enlarges an image.
+    nobody needs who upscales an image.
     """
     watched = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
-    return (op if watched or type(tensor) is not Tensor else now)(tensor, *others)
+    return (op if watched or type(arguments[0]) is not Tensor else run)(*arguments)
 
 
-def _fill(gradients, like) -> tuple[Tensor, ...]:
-    """Gradients in the types of what they belong to; an operator returns no None."""
-    return tuple(
-        torch.empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, like, strict=True)
-    )
-
-
-def _like(values, sigma, rho, opacity, offset) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (values, sigma, rho, opacity, offset)
-    )
-
+# ---- splat --------------------------------------------------------------------------------------
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _splat_now(
+def _outputs(gradients: Gaussians, gaussians: Gaussians) -> Five:
+    """Gradients in the types of what they belong to; an operator returns no None."""
+    values, sigma, rho, opacity, offset = (
+        torch.empty(0) if g is None or t is None else g.to(t.dtype)
+        for g, t in zip(gradients, gaussians, strict=True)
+    )
+    return values, sigma, rho, opacity, offset
+
+
+def _fake_outputs(gaussians: Gaussians) -> Five:
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return _outputs(gaussians.map(contiguous), gaussians)
+
+
+# PyTorch reads an operator's schema from the annotations, which therefore are flat.
+
+
+def _run_splat(
     values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
     size: Sequence[int], rows: Sequence[int], radius: int, normalize: bool, eps: float,
     band: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    return _form(values).forward(
-        values, sigma, rho, opacity, offset, tuple(size), tuple(rows), radius, normalize, eps,
-        tuple(band),
-    )  # fmt: skip
+    gaussians = Gaussians(values, sigma, rho, opacity, offset)
+    grid, weighting = _grid(size, rows, band), Weighting(radius, normalize, eps)
+    return _backend(values).forward(gaussians, grid, weighting)
 
 
-_splat = torch.library.custom_op("gsr::splat", _splat_now, mutates_args=())
+_splat = torch.library.custom_op("gsr::splat", _run_splat, mutates_args=())
 
 
 @_splat.register_fake
-def _(values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
+def _(values: Tensor, *others: Any) -> Tensor:
+    size, rows = others[4:6]
     return values.new_empty(values.shape[0], values.shape[2], rows[1] - rows[0], size[1])
 
 
@@ -243,32 +277,36 @@ def _splat_backward(
     offset: Tensor | None, size: Sequence[int], rows: Sequence[int], radius: int,
     normalize: bool, eps: float, band: Sequence[int],
 ) -> Five:  # fmt: skip
-    tensors = (values, sigma, rho, opacity, offset)
-    gradients = _form(values).backward(
-        grad.contiguous(), *tensors, tuple(size), tuple(rows), radius, normalize, eps, tuple(band)
-    )
-    return _fill(gradients, tensors)
+    gaussians = Gaussians(values, sigma, rho, opacity, offset)
+    grid, weighting = _grid(size, rows, band), Weighting(radius, normalize, eps)
+    gradients = _backend(values).backward(grad.contiguous(), gaussians, grid, weighting)
+    return _outputs(gradients, gaussians)
 
 
 @_splat_backward.register_fake
-def _(grad, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps, band):
-    return _like(values, sigma, rho, opacity, offset)
+def _(grad: Tensor, *others: Any) -> Five:
+    return _fake_outputs(Gaussians(*others[:5]))
 
 
-def _splat_at_now(
+def _grid(size: Sequence[int], rows: Sequence[int], band: Sequence[int]) -> Grid:
+    (h_hr, w_hr), (start, stop), (top, height) = size, rows, band
+    return Grid((h_hr, w_hr), (start, stop), (top, height))
+
+
+def _run_splat_at(
     values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor, offset: Tensor | None,
     points: Tensor, radius: int, normalize: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    return _form(values).forward_at(
-        values, sigma, rho, opacity, offset, points, radius, normalize, eps
-    )
+    gaussians = Gaussians(values, sigma, rho, opacity, offset)
+    return _backend(values).forward_at(gaussians, points, Weighting(radius, normalize, eps))
 
 
-_splat_at = torch.library.custom_op("gsr::splat_at", _splat_at_now, mutates_args=())
+_splat_at = torch.library.custom_op("gsr::splat_at", _run_splat_at, mutates_args=())
 
 
 @_splat_at.register_fake
-def _(values, sigma, rho, opacity, offset, points, radius, normalize, eps):
+def _(values: Tensor, *others: Any) -> Tensor:
+    points = others[4]
     return values.new_empty(points.shape[0], points.shape[1], values.shape[2])
 
 
@@ -277,32 +315,34 @@ def _splat_at_backward(
     grad: Tensor, values: Tensor, sigma: Tensor, rho: Tensor, opacity: Tensor,
     offset: Tensor | None, points: Tensor, radius: int, normalize: bool, eps: float,
 ) -> Five:  # fmt: skip
-    tensors = (values, sigma, rho, opacity, offset)
-    gradients = _form(values).backward_at(
-        grad.contiguous(), *tensors, points, radius, normalize, eps
+    gaussians = Gaussians(values, sigma, rho, opacity, offset)
+    gradients = _backend(values).backward_at(
+        grad.contiguous(), gaussians, points, Weighting(radius, normalize, eps)
     )
-    return _fill(gradients, tensors)
+    return _outputs(gradients, gaussians)
 
 
 @_splat_at_backward.register_fake
-def _(grad, values, sigma, rho, opacity, offset, points, radius, normalize, eps):
-    return _like(values, sigma, rho, opacity, offset)
+def _(grad: Tensor, *others: Any) -> Five:
+    return _fake_outputs(Gaussians(*others[:5]))
 
 
-def _splat_windows_now(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
+# ---- splat_windows ------------------------------------------------------------------------------
+
+
+def _run_splat_windows(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
+    ky, kx = side
     if _runs_triton(features):
-        from gsr.kernels import windows
-
-        return windows.forward(features, kernels, tuple(side))
+        return _kernels("windows").forward(features, kernels, (ky, kx))
     # One matrix product: the reference is as fast as the CPU can be.
-    return reference.splat_windows(features, kernels, tuple(side))
+    return reference.splat_windows(features, kernels, (ky, kx))
 
 
-_splat_windows = torch.library.custom_op("gsr::splat_windows", _splat_windows_now, mutates_args=())
+_splat_windows = torch.library.custom_op("gsr::splat_windows", _run_splat_windows, mutates_args=())
 
 
 @_splat_windows.register_fake
-def _(features, kernels, side):
+def _(features: Tensor, kernels: Tensor, side: Sequence[int]) -> Tensor:
     b, c, h, w = features.shape
     window = math.isqrt(kernels.shape[0])
     return features.new_empty(b, c, h // window * side[0], w // window * side[1])
@@ -312,27 +352,29 @@ def _(features, kernels, side):
 def _splat_windows_backward(
     grad: Tensor, features: Tensor, kernels: Tensor, side: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    backward = _windows_backward
-    if _runs_triton(features):
-        from gsr.kernels.windows import backward
-    d_features, d_weights = backward(grad, features, kernels, tuple(side))
+    ky, kx = side
+    backward = _kernels("windows").backward if _runs_triton(features) else _windows_backward
+    d_features, d_weights = backward(grad, features, kernels, (ky, kx))
+    # From the weights to the kernels of which they are bilinear samples.
     n, taps, _ = kernels.shape
     window = math.isqrt(n)
-    down, along = (reference.window_placement(k, window, taps, d_weights) for k in side)
-    d_weights = d_weights.reshape(*side, window, window)
+    down, along = (reference.window_placement(k, window, taps, d_weights) for k in (ky, kx))
+    d_weights = d_weights.reshape(ky, kx, window, window)
     d_kernels = torch.einsum("ijyx,yai,xbj->yxab", d_weights, down, along)
     d_kernels = d_kernels.reshape(kernels.shape).contiguous()
     return d_features.to(features.dtype), d_kernels.to(kernels.dtype)
 
 
-def _windows_backward(grad, features, kernels, side) -> tuple[Tensor, Tensor]:
+def _windows_backward(
+    grad: Tensor, features: Tensor, kernels: Tensor, side: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Gradients of features and of `reference.window_weights` by three matrix products."""
     window, (ky, kx) = math.isqrt(len(kernels)), side
     weights = reference.window_weights(kernels, side).flatten(0, 1)  # [k_y k_x, n]
     cut = rearrange(features, "b c (r y) (s x) -> (y x) (b c r s)", y=window, x=window)
     grad = rearrange(grad, "b c (r i) (s j) -> (i j) (b c r s)", i=ky, j=kx)
     product = weights @ cut
-    grad = grad * ((product >= 0) & (product <= 1))
+    grad = grad * ((product >= 0) & (product <= 1))  # where the clamp let the value through
     b, c, h, _ = features.shape
     d_features = rearrange(
         weights.mT @ grad, "(y x) (b c r s) -> b c (r y) (s x)",
@@ -342,38 +384,39 @@ def _windows_backward(grad, features, kernels, side) -> tuple[Tensor, Tensor]:
 
 
 @_splat_windows_backward.register_fake
-def _(grad, features, kernels, side):
-    return tuple(
+def _(
+    grad: Tensor, features: Tensor, kernels: Tensor, side: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    d_features, d_kernels = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, kernels)
     )
+    return d_features, d_kernels
 
 
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.tensors = [isinstance(t, Tensor) for t in inputs]
     ctx.save_for_backward(*[t for t in inputs if isinstance(t, Tensor)])
     ctx.others = [t for t in inputs if not isinstance(t, Tensor)]
 
 
-def _inputs(ctx) -> list:
+def _inputs(ctx: Any) -> list[Any]:
     tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
     return [next(tensors) if is_tensor else next(others) for is_tensor in ctx.tensors]
 
 
-def _gradients(ctx, op, grad):
+def _gradients(backward: Callable[..., Five], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _inputs(ctx)
-    *four, d_offset = op(grad, *inputs)
+    *four, d_offset = backward(grad, *inputs)
     return (*four, None if inputs[4] is None else d_offset, *[None] * (len(inputs) - 5))
 
 
-_splat.register_autograd(
-    lambda ctx, grad: _gradients(ctx, _splat_backward, grad), setup_context=_keep
-)
-_splat_at.register_autograd(
-    lambda ctx, grad: _gradients(ctx, _splat_at_backward, grad), setup_context=_keep
-)
-_splat_windows.register_autograd(
-    lambda ctx, grad: (*_splat_windows_backward(grad, *_inputs(ctx)), None), setup_context=_keep
-)
+def _windows_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_splat_windows_backward(grad, *_inputs(ctx)), None)
+
+
+_splat.register_autograd(functools.partial(_gradients, _splat_backward), setup_context=_keep)
+_splat_at.register_autograd(functools.partial(_gradients, _splat_at_backward), setup_context=_keep)
+_splat_windows.register_autograd(_windows_gradients, setup_context=_keep)

@@ -1,7 +1,7 @@
 """The oracle: each operator once more in plain, differentiable PyTorch, as its formula reads.
 
-Nothing here is fast. Every kernel and every CPU form is tested against these functions, outputs and
-gradients, so they are kept short enough to check by eye.
+Nothing here is fast. Every backend is tested against these functions, outputs and gradients, so
+they are kept short enough to check by eye.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from gsr.ops.arguments import Gaussians, Grid, Weighting
+
 
 def grid_points(
-    h: int, w: int, size: tuple[int, int], rows: tuple[int, int] | None = None, device=None
+    h: int,
+    w: int,
+    size: tuple[int, int],
+    *,
+    rows: tuple[int, int] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """LR coordinates of the centres of the HR pixels, row by row.
 
     HR pixel i of H sits at (i + 0.5) h / H - 0.5 LR pixels, where LR pixel i has its centre at i.
-    Float64, because float32 loses sub-pixel digits beyond a few thousand pixels.
+    Float64, because float32 loses sub-pixel digits beyond a few thousand pixels. `rows` (start,
+    stop) gives only those rows.
 
-    Returns [rows * W, 2], (y, x).
+    Returns [(stop - start) W, 2], (y, x).
     """
-    first, last = rows or (0, size[0])
-    y = (torch.arange(first, last, device=device, dtype=torch.float64) + 0.5) * h / size[0] - 0.5
+    start, stop = rows or (0, size[0])
+    y = (torch.arange(start, stop, device=device, dtype=torch.float64) + 0.5) * h / size[0] - 0.5
     x = (torch.arange(size[1], device=device, dtype=torch.float64) + 0.5) * w / size[1] - 0.5
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).reshape(-1, 2)
 
 
 def splat_at(
-    values: Tensor,  # [B, K, C, h, w]
-    sigma: Tensor,  # [B, K, 2, h, w], (y, x), LR pixels, > 0
-    rho: Tensor,  # [B, K, h, w], in (-1, 1)
-    opacity: Tensor,  # [B, K, h, w], >= 0
+    gaussians: Gaussians,
     points: Tensor,  # [B, Q, 2], (y, x), LR pixels, centre of pixel i at i
-    offset: Tensor | None = None,  # [B, K, 2, h, w], (y, x), LR pixels from the pixel's centre
-    radius: int = 3,
-    normalize: bool = True,
-    eps: float = 1e-6,
+    weighting: Weighting,
+    *,
     band: tuple[int, int] | None = None,
 ) -> Tensor:
     """Sum of the Gaussians of the (2 radius + 1)^2 LR pixels nearest to each point: [B, Q, C].
@@ -50,10 +53,12 @@ def splat_at(
     of an image that is `height` LR pixels high, and no point needs others. (GaussianSR, AAAI 2025,
     section 3: a 2D Gaussian by sigma and rho.)
     """
+    values, sigma, rho, opacity, offset = gaussians
+    radius, normalize, eps = weighting
     b, k, c, h, w = values.shape
     top, height = band or (0, h)
     offset = torch.zeros_like(sigma) if offset is None else offset
-    gaussians = torch.cat([values, sigma, offset, rho[:, :, None], opacity[:, :, None]], dim=2)
+    stacked = torch.cat([values, sigma, offset, rho[:, :, None], opacity[:, :, None]], dim=2)
 
     nearest = torch.floor(points + 0.5)
     inside = torch.tensor([height - 1, w - 1], dtype=nearest.dtype, device=nearest.device)
@@ -67,9 +72,9 @@ def splat_at(
     pixel = pixel.clamp(min=torch.zeros_like(inside).long(), max=inside.long())
     image = torch.arange(b, device=points.device)[:, None, None]
     row = (image * h + (pixel[..., 0] - top).clamp(0, h - 1)) * w + pixel[..., 1]
-    table = rearrange(gaussians, "b k p h w -> (b h w) (k p)")
+    table = rearrange(stacked, "b k p h w -> (b h w) (k p)")
     near = table.index_select(0, row.reshape(-1)).reshape(*row.shape, k, c + 6)
-    value, s, o, r, alpha = near.split([c, 2, 2, 1, 1], dim=-1)
+    value, s, o, r, alpha = torch.split(near, [c, 2, 2, 1, 1], dim=-1)
     r, alpha = r[..., 0], alpha[..., 0]  # [B, Q, n, K]
 
     u = (away[:, :, :, None] - o) / s
@@ -79,27 +84,12 @@ def splat_at(
     return out / (weight.sum(dim=(2, 3))[..., None] + eps) if normalize else out
 
 
-def splat(
-    values: Tensor,  # [B, K, C, h, w]
-    sigma: Tensor,
-    rho: Tensor,
-    opacity: Tensor,
-    size: tuple[int, int],
-    offset: Tensor | None = None,
-    radius: int = 3,
-    normalize: bool = True,
-    eps: float = 1e-6,
-    rows: tuple[int, int] | None = None,
-    band: tuple[int, int] | None = None,
-) -> Tensor:
-    """`splat_at` at every pixel centre of an HR image of `size` (H, W): [B, C, H, W].
-
-    `rows` (first, last) gives only those rows of it, [B, C, last - first, W].
-    """
-    b, _, _, h, w = values.shape
-    height = h if band is None else band[1]
-    points = grid_points(height, w, size, rows, values.device).expand(b, -1, -1)
-    out = splat_at(values, sigma, rho, opacity, points, offset, radius, normalize, eps, band)
+def splat(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
+    """`splat_at` at the pixel centres of the grid's HR rows: [B, C, stop - start, W]."""
+    values, (size, rows, band) = gaussians.values, grid
+    points = grid_points(band[1], values.shape[-1], size, rows=rows, device=values.device)
+    points = points.expand(values.shape[0], -1, -1)
+    out = splat_at(gaussians, points, weighting, band=band)
     return rearrange(out, "b (y x) c -> b c y x", x=size[1])
 
 

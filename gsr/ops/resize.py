@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ def bicubic(
     rows: tuple[int, int] | None = None,
     band: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Bicubic enlargement as in `F.interpolate(mode="bicubic", align_corners=False)` (a = -0.75).
+    """Bicubic resizing as in `F.interpolate(mode="bicubic", align_corners=False)` (a = -0.75).
 
     Args:
         x: [B, C, h, w].
         size: (H, W) of the whole result.
-        rows: only the rows rows[0] to rows[1] of it, at the cost of those rows.
+        rows: (start, stop): only these rows of it, at the cost of those rows.
         band: (top, height): x holds only the rows from `top` on of an image of that height, among
             them those within 2 of the nearest to `rows`.
 
     Returns:
-        [B, C, H, W], or [B, C, rows[1] - rows[0], W].
+        [B, C, H, W], or [B, C, stop - start, W].
     """
     if rows is None and band is None:
         return F.interpolate(x, size, mode="bicubic", align_corners=False)
@@ -46,14 +47,14 @@ def bicubic_at(x: Tensor, coord: Tensor) -> Tensor:
 def bicubic_rows(
     x: Tensor, height: int, rows: tuple[int, int], band: tuple[int, int] | None = None
 ) -> Tensor:
-    """The first half of `bicubic`: HR rows at LR columns, [B, C, rows[1] - rows[0], w]."""
+    """The first half of `bicubic`: HR rows (start, stop) at LR columns, [B, C, stop - start, w]."""
     top, h = band or (0, x.shape[-2])
     y = (torch.arange(*rows, device=x.device, dtype=torch.float64) + 0.5) * h / height
-    first = torch.floor(y - 0.5)
-    t = (y - 0.5 - first).to(x.dtype)
-    tall = 0
+    above = torch.floor(y - 0.5)
+    t = (y - 0.5 - above).to(x.dtype)
+    tall = x.new_zeros(())
     for tap in range(-1, 3):
-        row = (first.long() + tap).clamp(0, h - 1) - top
+        row = (above.long() + tap).clamp(0, h - 1) - top
         tall = tall + x.index_select(-2, row) * cubic((t - tap).abs())[:, None]
     return tall
 
@@ -96,25 +97,27 @@ def imresize(
         raise InputError(f"imresize: image must be [H, W] or [H, W, C], not {list(image.shape)}")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise InputError(f"imresize: image must be uint8 or floating point, not {image.dtype}")
-    if (scale is None) == (size is None):
-        raise InputError("imresize: give either scale or size")
-    if size is None:
-        scales = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
+    h, w = image.shape[:2]
+    if size is None and scale is not None:
+        scales = tuple(scale) if isinstance(scale, Sequence) else (scale, scale)
         if len(scales) != 2 or not all(math.isfinite(s) and s > 0 for s in scales):
             raise InputError(f"imresize: scale must be finite and greater than 0, not {scale}")
-        size = tuple(math.ceil(n * s) for n, s in zip(image.shape[:2], scales, strict=True))
-    else:
-        if len(size) != 2 or not all(isinstance(n, (int, np.integer)) and n > 0 for n in size):
+        size = math.ceil(h * scales[0]), math.ceil(w * scales[1])
+    elif size is not None and scale is None:
+        whole = [isinstance(n, (int, np.integer)) for n in size]  # pyright: ignore
+        if len(size) != 2 or not all(whole) or min(size) < 1:
             raise InputError(f"imresize: size must be two whole numbers > 0, not {size}")
-        scales = tuple(n / old for n, old in zip(size, image.shape[:2], strict=True))
+        scales = size[0] / h, size[1] / w
+    else:
+        raise InputError("imresize: give either scale or size")
 
     result = image
-    for axis in sorted((0, 1), key=lambda axis: scales[axis]):  # stable: ties keep rows first
-        result = _imresize_axis(result, axis, size[axis], scales[axis])
+    for axis in (0, 1) if scales[0] <= scales[1] else (1, 0):
+        result = _imresize_axis(result, axis, size=size[axis], scale=scales[axis])
     return result
 
 
-def _imresize_axis(image: np.ndarray, axis: int, size: int, scale: float) -> np.ndarray:
+def _imresize_axis(image: np.ndarray, axis: int, *, size: int, scale: float) -> np.ndarray:
     """`imresize` along one axis: [..., n, ...] to [..., size, ...] of the same dtype."""
     shrink = min(scale, 1.0)
     taps = math.ceil(4 / shrink) + 2
