@@ -251,7 +251,7 @@ def test_command(photos, tmp_path, capsys):
 def test_help(capsys):
     for argv, words in (
         (["data", "--help"], ["gsr data download benchmark", "gsr data prepare", "data.train="]),
-        (["data", "download", "--help"], ["--url", "--no-checksum", "academic research"]),
+        (["data", "download", "--help"], ["--url", "--only", "academic research"]),
         (["data", "prepare", "--help"], ["--crop", "--check", "data.val"]),
         (["--help"], ["gsr data --help"]),
     ):
