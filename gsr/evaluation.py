@@ -1,7 +1,6 @@
 """What `evaluate.py` measures with: methods, degradations of LR, means, the report and its checks.
 
-A report is one JSON file that says how its figures came about. Bicubic is measured in the same run,
-so that a mistake in the data or in the protocol shows there.
+Bicubic is measured in the same run, so that a mistake in the data or in the protocol shows there.
 """
 
 from __future__ import annotations
@@ -59,15 +58,10 @@ def make_methods(models: Mapping[str, GaussianSR], ensemble: bool = False) -> di
     """The methods that `method_labels` names."""
     methods: dict[str, Method] = {"bicubic": upsample_bicubic}
     for label, model in models.items():
-        methods[label] = functools.partial(upsample, model)
+        methods[label] = functools.partial(run, model)
         if ensemble:
             methods[f"{label}+"] = functools.partial(self_ensemble, methods[label])
     return methods
-
-
-def upsample(model: GaussianSR, lr: Tensor, size: tuple[int, int], *, scale: Any) -> Tensor:
-    """What `model` makes of LR, on LR's device."""
-    return run(model, lr, size, scale=scale)
 
 
 def upsample_bicubic(lr: Tensor, size: tuple[int, int], scale: Any = None) -> Tensor:
@@ -200,7 +194,10 @@ def summarize(
             results = {image.name: measured[scale, method, image.name] for image in data.images}
             images = {name: metrics for name, (metrics, _) in results.items()}
             methods[method] = {
-                **_means(images),
+                **{
+                    key: _json_number(math.fsum(m[key] for m in images.values()) / len(images))
+                    for key in next(iter(images.values()))
+                },
                 "images": {
                     name: {key: _json_number(value) for key, value in metrics.items()}
                     for name, metrics in images.items()
@@ -210,13 +207,6 @@ def summarize(
         lr = "paired" if scale in data.images[0].lr else "imresize"
         rows.append({"scale": scale, "shave": protocol.shave(scale), "lr": lr, "methods": methods})
     return {"name": data.name, "images": len(data.images), "scales": rows}
-
-
-def _means(images: Mapping[str, dict[str, float]]) -> dict[str, float | None]:
-    return {
-        key: _json_number(math.fsum(metrics[key] for metrics in images.values()) / len(images))
-        for key in next(iter(images.values()))
-    }
 
 
 def _json_number(value: float) -> float | None:
@@ -271,11 +261,7 @@ def describe_protocol(
 
 def table(report: dict[str, Any]) -> str:
     """A report as text: one block a data set, one row a method, PSNR and SSIM at every scale."""
-    metrics, lines = metrics_of(report), []
-    names = " / ".join(
-        f"PSNR {report['protocol']['psnr']['colour']}" if key == "psnr" else key.upper()
-        for key in metrics
-    )
+    metrics, names, lines = metrics_of(report), metric_names(report), []
     for data in report["sets"]:
         methods = list(data["scales"][0]["methods"])
         labels = [f"{data['name']} ({count_images(data)}), {names}", *methods]
@@ -292,6 +278,12 @@ def table(report: dict[str, Any]) -> str:
 def metrics_of(report: Mapping[str, Any]) -> list[str]:
     """The metrics that tables show: psnr, ssim, and lpips and dists where they were measured."""
     return ["psnr", "ssim", *report["protocol"].get("perceptual", {})]
+
+
+def metric_names(report: Mapping[str, Any], unit: str = "") -> str:
+    """`metrics_of` as text: "PSNR Y / SSIM"."""
+    psnr = f"PSNR {report['protocol']['psnr']['colour']}{unit}"
+    return " / ".join([psnr, *(key.upper() for key in metrics_of(report)[1:])])
 
 
 def cell(values: Mapping[str, Any], metrics: Sequence[str]) -> str:
@@ -355,23 +347,14 @@ def label_checkpoints(paths: Sequence[str]) -> dict[str, str]:
     raise InputError(f"--checkpoint names {twice} twice; name each model once")
 
 
-def output_files(options: Mapping[str, str | None], sets: Sequence[DataSet]) -> dict[str, Path]:
-    """The files to write, by option; InputError unless all can be written, and spare the sets."""
-    files: dict[str, Path] = {}
-    for option, name in options.items():
-        if name is None:
-            continue
-        path = check_path(name)
-        if path.is_dir():
-            raise InputError(f"--{option} {path} is a folder; name the file to write")
-        for other, taken in files.items():
-            if path.resolve() == taken.resolve():
-                raise InputError(f"--{option} and --{other} both name {path}; choose two names")
-        check_spared(option, path, sets)
-        files[option] = path
-    for path in files.values():
-        make_folder(path.parent)
-    return files
+def check_output(file: str, sets: Sequence[DataSet]) -> Path:
+    """The report to write; InputError unless it can be written, and is no image of the sets."""
+    path = check_path(file)
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; name the file to write")
+    check_spared("output", path, sets)
+    make_folder(path.parent)
+    return path
 
 
 def save_folders(
