@@ -116,7 +116,7 @@ def _target():
 
 
 def shape(use, scale: int) -> Shape:
-    """A picture of about 2000 x 1350 HR pixels."""
+    """An image of about 2000 x 1350 HR pixels."""
     h, w = 1344 // scale, 2016 // scale
     return Shape(use.K, use.C, use.R, h, w, h * scale, w * scale, offset=use.offset)
 

@@ -23,9 +23,9 @@ COST_SIDE, COST_SCALE = 48, 4  # side of the LR image, and scale, at which a mod
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call: b pictures, K Gaussians a pixel, C channels, radius R, h x w to H x W.
+    """Sizes of one call: b images, K Gaussians a pixel, C channels, radius R, h x w to H x W.
 
-    With `points`, that many points a picture take the place of the H W pixels.
+    With `points`, that many points an image take the place of the H W pixels.
     """
 
     K: int

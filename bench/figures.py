@@ -1,6 +1,6 @@
 """Draw docs/images/kernel_cells.png: python -m bench.figures
 
-The kernel's view of a picture: HR pixels by the LR pixel nearest to each, and what one cell reads.
+The kernel's view of an image: HR pixels by the LR pixel nearest to each, and what one cell reads.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     figure = draw()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # No date or version in the file, so that it changes only with the picture.
+    # No date or version in the file, so that it changes only with the image.
     figure.savefig(args.output, dpi=110, metadata={"Software": None})
 
 

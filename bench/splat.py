@@ -6,7 +6,7 @@
     python -m bench.plot splat.json -o splat.png
 
 Each round times every implementation once, together with a large copy, a matrix product and one
-EDSR-baseline pass over the same LR picture. Machines drift; what is compared was therefore measured
+EDSR-baseline pass over the same LR image. Machines drift; what is compared was therefore measured
 in the same seconds: shares of the copy's bandwidth and of the product's rate, and times in passes.
 """
 
@@ -314,7 +314,7 @@ def main(argv=None) -> None:
     middle = {n: quantiles([r[n] for r in rates])["p50"] for n in rates[0]}
     print(
         f"one copy: {middle['bandwidth'] / 1e9:.1f} GB/s, one fp32 matrix product: "
-        f"{middle['arithmetic'] / 1e9:.0f} Gop/s; a pass is EDSR-baseline over the LR picture"
+        f"{middle['arithmetic'] / 1e9:.0f} Gop/s; a pass is EDSR-baseline over the LR image"
     )
     if args.output:
         protocol = {

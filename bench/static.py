@@ -390,7 +390,7 @@ def _per_thread(compiled) -> int:
 
 
 def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -> dict:
-    """Warp instructions of a grid kernel for the picture `s`, all warps together, by pipe.
+    """Warp instructions of a grid kernel for the image `s`, all warps together, by pipe.
 
     "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
     """
@@ -435,8 +435,8 @@ def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -
 
 
 def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: Loop) -> dict:
-    """Seconds that each limit of `chip` asks of a product of `official` for the x4 picture."""
-    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in PICTURE)
+    """Seconds that each limit of `chip` asks of a product of `official` for the x4 image."""
+    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in IMAGE)
     pixels, columns = (side * SCALE) ** 2, 8 * h * w
     blocks_p, blocks_m = -(-pixels // constants["PIXELS"]), -(-columns // constants["COLUMNS"])
     # A block of columns, or of pixels, that a program goes through in its loop.
@@ -546,17 +546,17 @@ def compiled_rows(arch: str) -> list[dict]:
     return rows
 
 
-PICTURE = (1356, 2040)
+IMAGE = (1356, 2040)
 SCALE = 4
 
 
 def model_rows() -> list[dict]:
-    """A row for each kernel of the grid, use and chip: the model's seconds for the x4 picture."""
+    """A row for each kernel of the grid, use and chip: the model's seconds for the x4 image."""
     rows = []
     for chip in CHIPS:
         for use in USES:
             s = Shape(
-                use.K, use.C, use.R, PICTURE[0] // SCALE, PICTURE[1] // SCALE, *PICTURE,
+                use.K, use.C, use.R, IMAGE[0] // SCALE, IMAGE[1] // SCALE, *IMAGE,
                 offset=use.offset,
             )  # fmt: skip
             for kind in ("forward", "prepare", "backward"):
@@ -574,7 +574,7 @@ def windows_row(chip: Chip, kernel: str, constants: dict, warps: int) -> dict:
     usage = resources(compiled)
     case, sizes = _names(kernel, constants)
     return schema.row(
-        case, f"model {chip.name}", {**sizes, "HR": list(PICTURE)},
+        case, f"model {chip.name}", {**sizes, "HR": list(IMAGE)},
         config={n: constants[n] for n in BLOCKS if n in constants} | {"num_warps": warps},
         resources=usage, occupancy=occupancy(usage, warps, chip.arch),
         model=windows_model(chip, kernel, constants, warps, disassemble(compiled)),
@@ -594,7 +594,7 @@ def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
     counted = count(kernel, constants, config["num_warps"], disassemble(compiled), compiled, s)
     moved, operations = {
         "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
-        # The incoming gradient in, g' and s out instead of the picture.
+        # The incoming gradient in, g' and s out instead of the image.
         "prepare": (cost.forward_bytes(s) + 4 * s.pixels * (s.C + 1), cost.forward_operations(s)),
         "backward": (
             cost.backward_bytes(s) + 4 * s.pixels,
@@ -724,7 +724,7 @@ def main(argv=None) -> None:
     if args.output:
         import torch
 
-        protocol = {"note": NOTE, "picture": list(PICTURE), "scale": SCALE, "latency": LATENCY}
+        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE, "latency": LATENCY}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
         document.put(args.document, "static", summary(rows))

@@ -116,8 +116,8 @@ def perceptual(
     """LPIPS or DISTS as a function (sr, hr, shave) like `psnr`; 0 for equal images.
 
     Both compare features of VGG16 (RGB, float32). The figures of LPIPS are those of its VGG
-    variant: of AlexNet's they are another quantity. DISTS reduces images of more than 256 pixels
-    a side, as published.
+    variant: of AlexNet's they are another quantity. DISTS downsamples images of more than 256
+    pixels a side, as published.
 
     Args:
         name: "lpips" or "dists".
@@ -203,7 +203,7 @@ class Protocol:
         return math.ceil(scale) + self.extra
 
     def __call__(self, sr: Tensor, hr: Tensor, scale: float) -> float:
-        """PSNR in dB of sr against hr, [..., 3, H, W] in [0, 1], enlarged by scale."""
+        """PSNR in dB of sr against hr, [..., 3, H, W] in [0, 1], upscaled by scale."""
         return self.metric(sr, hr, self.shave(scale))
 
 

@@ -35,7 +35,7 @@ def configs():
 # ---- splat --------------------------------------------------------------------------------------
 
 
-def test_splat_writes_a_report_and_its_picture(tmp_path, monkeypatch, capsys):
+def test_splat_writes_a_report_and_its_image(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute saved
     path = tmp_path / "splat.json"
     splat.main(
@@ -220,7 +220,7 @@ def test_shipped_blocks_suit_their_cells(configs):
                         assert config["PY"] * config["PX"] * channels <= 64
 
 
-# ---- pictures -----------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------
 
 
 def test_figure(tmp_path):

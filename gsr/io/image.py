@@ -1,4 +1,4 @@
-"""Picture files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
+"""Image files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
 
 Images inside the library are either uint8 arrays [H, W, 3] or float32 tensors [1, 3, H, W] in
 [0, 1]; this module is the only one that knows about files, modes and orientation.
