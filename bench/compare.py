@@ -194,6 +194,7 @@ def run_script(name: str, *argv: object) -> None:
     """Run a script of this checkout, its output on stderr; InputError says why it failed."""
     command, tail = [sys.executable, str(ROOT / name), *map(str, argv)], ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 4096):  # progress bars have no line ends
             text = chunk.decode(errors="replace")
             print(text, end="", file=sys.stderr, flush=True)

@@ -28,6 +28,8 @@ def ellipse(sigma: tuple[float, float], rho: float, radius: float) -> np.ndarray
 
 def draw():
     plt = pyplot()
+    from matplotlib.patches import Rectangle
+
     (h, w), (i, j) = LR, CELL
     big_h, big_w = round(h * SCALE[0]), round(w * SCALE[1])
     figure, axes = plt.subplots(figsize=(9.4, 5.2), layout="constrained")
@@ -51,9 +53,7 @@ def draw():
                  linewidths=1.6, label="those it reads: the window, r = 1")  # fmt: skip
 
     def box(cy, cx, half, **style):
-        axes.add_patch(
-            plt.Rectangle((cx - half, cy - half), 2 * half, 2 * half, fill=False, **style)
-        )
+        axes.add_patch(Rectangle((cx - half, cy - half), 2 * half, 2 * half, fill=False, **style))
 
     box(i, j, RADIUS + 0.5, color="C3", lw=1.8)
     box(i, j, 0.5, color="C0", lw=1.8)

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,11 @@ def renderer(provider: str, scale: int, chunk: int, bf16: bool = False):
         model = make_model("official")
         published = Published(model, chunk if PUBLISHED[provider] else None)
         return lambda lr: published(lr, _hr_size(lr, scale), scale), macs(model)
-    model, more = make_model(provider), {"precision": "bf16"} if bf16 else {}
-    return lambda lr: infer.run(model, lr, _hr_size(lr, scale), scale, **more), macs(model)
+    model, precision = make_model(provider), "bf16" if bf16 else "fp32"
+    return (
+        lambda lr: infer.run(model, lr, _hr_size(lr, scale), scale=scale, precision=precision),
+        macs(model),
+    )
 
 
 def _hr_size(lr: Tensor, scale: int) -> tuple[int, int]:
@@ -130,8 +134,8 @@ def _hr_size(lr: Tensor, scale: int) -> tuple[int, int]:
 
 
 def interleave(
-    runs: dict[str, Callable], unit: Callable, rounds: int, least: float
-) -> dict[str, tuple[list[float], list[float]]]:
+    runs: dict[Any, Callable], unit: Callable, rounds: int, least: float
+) -> dict[Any, tuple[list[float], list[float]]]:
     """Every run in turn, `rounds` times: its times in seconds, and in units.
 
     The unit is timed directly before and after each of them, and their mean counts. A sample is as
@@ -260,13 +264,13 @@ def measure_size(mode: str, side: int, scale: int) -> dict:
     """Seconds of each call of gsr.upscale on uint8 [side, side, 3], bytes of the whole process."""
     model = make_model(mode)
     # By itself it may take bf16 for the large images only: then the times would not compare.
-    more = {"precision": "fp32"}
+    upscale = partial(gsr.upscale, scale=scale, model=model, precision="fp32")
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    gsr.upscale(image[:14, :14], scale, model=model, **more)
+    upscale(image[:14, :14])
     seconds = []
     while len(seconds) < 5 and sum(seconds) < 3:
         start = time.perf_counter()
-        gsr.upscale(image, scale, model=model, **more)
+        upscale(image)
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds, "rss": resident("VmHWM")}
 
@@ -332,13 +336,13 @@ def size_rows(plan: Plan, methods: list[str]) -> list[dict]:
 def steps(plan: Plan, scale: int) -> dict[str, Callable[[], None]]:
     """A training step of everything: forward, L1, backward, Adam, as `train.py` does it."""
     torch.manual_seed(1)
-    side, size = plan.patch, (plan.patch * scale,) * 2
+    side, size = plan.patch, (plan.patch * scale, plan.patch * scale)
     lr = torch.rand(plan.batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     pixels = torch.stack([torch.randperm(size[0] * size[1]) for _ in range(plan.batch)])
     coord = queries(size)[pixels[:, : plan.queries]]  # [B, Q, 2]
 
     def step(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        model.to(memory_format=torch.channels_last).train()
+        model.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         with torch.no_grad():
             target = torch.rand_like(forward())

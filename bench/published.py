@@ -243,4 +243,5 @@ def _liif(unfolded: Tensor, mlp, coord: Tensor, size: tuple[int, int]) -> Tensor
             colours.append(mlp(torch.cat([sample(unfolded, corner), away, cell], dim=-1)))
             areas.append(away.prod(-1, keepdim=True).abs() + 1e-9)
     total = sum(areas)
-    return sum(c * a / total for c, a in zip(colours, reversed(areas), strict=True))
+    weighted = (c * a / total for c, a in zip(colours, reversed(areas), strict=True))
+    return sum(weighted, torch.zeros(()))

@@ -30,7 +30,7 @@ GONE = re.compile("connection (closed|reset|refused)|broken pipe|ncclRemoteError
 PATIENCE = timedelta(hours=2)  # for a process that validates and writes alone, or measures longer
 # Groups end with the interpreter: DistributedDataParallel, were the last reference its own, would
 # hold the interpreter's lock as it waits for threads that may be waiting for that lock.
-_groups: list[dist.ProcessGroup] = []
+_groups: list[dist.ProcessGroup | None] = []
 # One tensor for all calls: a thread of gloo that lets go of the last reference to one needs that
 # lock too, and at the interpreter's end the process would be aborted for it.
 _first = torch.zeros((), dtype=torch.int64)

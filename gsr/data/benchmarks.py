@@ -217,13 +217,13 @@ def _fits(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
 
 
 def _lr_size(image: ImageFiles, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
-    size = tuple(math.floor(n / scale + 1e-9) for n in hr_shape[:2])
-    if 0 in size:
+    h, w = (math.floor(n / scale + 1e-9) for n in hr_shape[:2])
+    if not (h and w):
         raise InputError(
             f"{image.hr} has {hr_shape[1]} x {hr_shape[0]} pixels, too few for scale {scale}; "
             "remove it"
         )
-    return size
+    return h, w
 
 
 def _crop(hr: np.ndarray, lr_shape: Sequence[int], scale: float) -> np.ndarray:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gsr.errors import InputError
 
+StrPath = str | os.PathLike[str]
 
-def check_path(path: str | os.PathLike) -> Path:
+
+def check_path(path: StrPath) -> Path:
     """The path, whether or not anything is there; its `exists` and `is_dir` do not raise then.
 
     Raises InputError if the operating system refuses it: a name that is too long, a folder on the
@@ -30,7 +32,7 @@ def check_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def make_folder(folder: str | os.PathLike) -> Path:
+def make_folder(folder: StrPath) -> Path:
     """Make a folder, and those above it, unless it is there; InputError if it takes no files."""
     folder = check_path(folder)
     try:
@@ -68,7 +70,7 @@ _held: list[int] = []  # handles of the folders that are held
 
 
 @contextmanager
-def lock_folder(folder: Path, refusal: str) -> Iterator[None]:
+def lock_folder(folder: Path, refusal: str) -> Generator[None]:
     """Hold a folder against other runs, where the system has such locks; a kill releases it.
 
     Raises InputError with the sentence `refusal` if another run holds it.
