@@ -72,7 +72,7 @@ class Run:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, seed by seed: what there is after an interruption can be compared.
+    """Plan all runs, seed by seed: what there is after an interruption can be compared.
 
     Raises InputError for a bad config, two of one name, or folders of images that do not serve.
     """

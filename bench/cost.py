@@ -83,7 +83,7 @@ def backward_operations(s: Shape) -> int:
 
 
 def model_cost(config: ModelConfig) -> dict[str, Any]:
-    """Parameters and multiply-adds of a model.
+    """Count the parameters and multiply-adds of a model.
 
     Returns:
         "parameters"; "lr_macs", multiply-adds of convolutions and matrix products for an LR pixel

@@ -27,7 +27,7 @@ COLOUR = "#e41a1c"
 
 
 def differing_crop(images: Sequence[np.ndarray], shave: int) -> Crop:
-    """The square in which images differ most, about a sixth of their smaller side.
+    """Find the square in which images differ most, about a sixth of their smaller side.
 
     Differ: largest minus smallest value of a channel, squared, summed over channels and pixels.
 
@@ -48,7 +48,7 @@ def differing_crop(images: Sequence[np.ndarray], shave: int) -> Crop:
 
 
 def draw(hr: np.ndarray, results: Mapping[str, np.ndarray], crop: Crop, *, title: str):
-    """A figure: HR with the crop marked, then the crop of HR and of every result, by label.
+    """Draw HR with the crop marked, then the crop of HR and of every result, by label.
 
     Args:
         hr: uint8 [H, W, 3], as each of `results`.

@@ -34,7 +34,7 @@ NAMES = {"bicubic": "bicubic", "lite": "gsr-lite", "photo": "gsr-photo"}
 
 
 def read_reports() -> tuple[dict, dict[int, dict]]:
-    """The clean report, and those of JPEG by quality, best first.
+    """Read the clean report, and those of JPEG by quality, best first.
 
     Raises:
         InputError: there is none, or one is not of the bundled weights.

@@ -97,7 +97,7 @@ ALIASES = {"bsd100": "B100", "bsds100": "B100", "div2k_valid_hr": "DIV2K_valid"}
 def published(
     data: Mapping[str, Any], protocol: Mapping[str, Any]
 ) -> list[tuple[str, dict[int, float]]]:
-    """(label, PSNR by scale) of every published row that a measured set can stand beside.
+    """Return (label, PSNR by scale) of the published rows that fit a measured set.
 
     Args:
         data: one of a report's "sets". The literature fits its name (in any case) if it has all
@@ -119,7 +119,7 @@ def published(
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
-    """Every figure of a report as CSV: a row for each set, scale, method and image.
+    """Return every figure of a report as CSV: a row a set, scale, method and image.
 
     All digits, in the order in which they were measured; an infinite PSNR is inf.
     """
@@ -139,7 +139,7 @@ def csv_text(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """One Markdown table a data set: what was measured, then what papers state, at every scale.
+    """Return a Markdown table a data set: what was measured, then what papers state.
 
     An empty cell is a figure that is not entered here. What the figures mean stands below.
     """

@@ -53,19 +53,19 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script `gsr`."""
+    """Run the console script `gsr`."""
     guard(dispatch, argv)
 
 
 def dispatch(argv: Sequence[str] | None = None) -> None:
-    """`main` without the guard: raises InputError on wrong input."""
+    """Run `main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(argv[0] if argv else "").parse_args(argv)
     args.run(args)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """The arguments of all commands; those of `inspect` in full only where it is the command."""
+    """Make the parser of all commands; `inspect` is in full only where it is the command."""
     from gsr.data.commands import add_data_parser
 
     parser = argparse.ArgumentParser(
@@ -143,7 +143,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _scale(text: str) -> tuple[float, float]:
-    """ "3.7" or "2x3.5" (horizontal x vertical) as (s_y, s_x)."""
+    """Parse "3.7" or "2x3.5" (horizontal x vertical) to (s_y, s_x)."""
     try:
         factors = [float(part) for part in text.lower().split("x")]
         horizontal, vertical = factors if len(factors) == 2 else factors * 2
@@ -155,7 +155,7 @@ def _scale(text: str) -> tuple[float, float]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "1920x1080" (width x height) as (H, W)."""
+    """Parse "1920x1080" (width x height) to (H, W)."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -166,7 +166,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _bytes(text: str) -> int:
-    """ "2GB", "1.5 GiB", "800MB" or a number of bytes."""
+    """Parse "2GB", "1.5 GiB", "800MB" or a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 2GB")
@@ -266,7 +266,7 @@ def _upscale(args: argparse.Namespace) -> None:
 
 
 def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
-    """The model for a file, by name or path, and why, for the line that is printed."""
+    """Return the model for a file, by name or path, and why, for the line that is printed."""
     if model is not None:
         return model, ""
     if lossy:
@@ -275,14 +275,14 @@ def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    """ "40 s", "3 min" or "1.5 h"."""
+    """Format as "40 s", "3 min" or "1.5 h"."""
     if seconds < 90:
         return f"{round(seconds, -1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _outputs(sources: list[Path], output: str) -> list[Path]:
-    """The file to write for each image."""
+    """Return the file to write for each image."""
     from gsr.io.image import WRITE_FORMATS
     from gsr.io.paths import check_path
 
@@ -300,19 +300,19 @@ def _outputs(sources: list[Path], output: str) -> list[Path]:
 
 
 def _is_folder(sources: list[Path], output: str) -> bool:
-    """Whether --output means a folder, which may not be there yet."""
+    """Return whether --output means a folder, which may not be there yet."""
     return len(sources) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def _sheet(width: int, height: int) -> tuple[tuple[int, int], int, int, int]:
-    """Of a sheet with two images of that size: its own, that of text, the gap, the label band."""
+    """Return the size of a sheet with two images, of its text, of the gap and the label band."""
     text = max(12, round(height / 28))
     gap, band = max(2, text // 3), math.ceil(1.6 * text)
     return (2 * width + gap, band + height), text, gap, band
 
 
 def _side_by_side(image: Any, large: Any) -> Any:
-    """Pillow images: the small one upsampled bicubically, the large one, each under its label."""
+    """Draw the small image, upsampled bicubically, beside the large one, under labels."""
     from PIL import Image, ImageDraw, ImageFont
 
     from gsr.io.image import on_white, to_rgb

@@ -135,9 +135,9 @@ def _prepare(args: argparse.Namespace) -> None:
     tiling = Tiling(args.crop, args.step, args.min_side, args.format)
     workers = _cores() if args.workers is None else args.workers
     if args.check:
-        report = check(args.source, tiling, workers, progress=not args.quiet)
+        report = check(args.source, tiling, workers=workers, progress=not args.quiet)
     else:
-        report = prepare(args.source, args.output, tiling, workers, progress=not args.quiet)
+        report = prepare(args.source, args.output, tiling, workers=workers, progress=not args.quiet)
     if args.report is not None:
         write_atomic(args.report, as_json(report))
     if not args.quiet:

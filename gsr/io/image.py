@@ -41,7 +41,7 @@ _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def open_image(path: StrPath) -> Image.Image:
-    """The image in a file, fully decoded, turned the way up that its EXIF orientation says.
+    """Decode the image in a file, turned the way up that its EXIF orientation says.
 
     Returns a Pillow image in the file's own mode, closed to the file; of an animation the first
     frame. Raises InputError if there is no such file, it is no image, it is cut short or
@@ -98,7 +98,7 @@ def lossy_compression(path: StrPath) -> str | None:
 
 
 def _webp_is_lossy(path: StrPath) -> bool:
-    """Whether any frame of a WebP file is VP8; VP8L is lossless."""
+    """Return whether any frame of a WebP file is VP8; VP8L is lossless."""
     with open(path, "rb") as file:
         file.seek(12)
         while len(header := file.read(8)) == 8:
@@ -112,7 +112,7 @@ def _webp_is_lossy(path: StrPath) -> bool:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy of a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
+    """Copy a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data says nothing about orientation, and the pixels are fine
@@ -120,12 +120,12 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether a Pillow image carries transparency, as a channel or as a palette entry."""
+    """Return whether a Pillow image has transparency, as a channel or a palette entry."""
     return image.mode in _TRANSPARENT or "transparency" in image.info
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A Pillow image without its transparency, laid on white: L or RGB, if it had any."""
+    """Lay a Pillow image on white: L or RGB, if it had any transparency."""
     if not has_alpha(image):
         return image
     white = Image.new("RGBA", image.size, "white")
@@ -134,7 +134,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB, 8 bits a channel; alpha is dropped, not composited.
+    """Convert any Pillow mode to RGB, 8 bits a channel; alpha is dropped, not composited.
 
     16-bit grey (I;16 and its kin, or I from a 16-bit PNG) keeps its top 8 bits, rounded; a float
     image (F) must hold [0, 1] or [0, 255] and InputError is raised otherwise.
@@ -167,12 +167,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey(values: NDArray[np.float64]) -> Image.Image:
-    """Levels of 255, rounded here, as RGB."""
+    """Round levels of 255 to an RGB image."""
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def read_image(path: StrPath) -> Pixels:
-    """The image in a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
+    """Read a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
     image = open_image(path)
     try:
         return np.array(to_rgb(image))
@@ -181,7 +181,7 @@ def read_image(path: StrPath) -> Pixels:
 
 
 def list_images(folder: StrPath) -> list[Path]:
-    """Every image under a folder, in all its subfolders, sorted by path, hidden files left out.
+    """Find all images below a folder, sorted by path, hidden files left out.
 
     Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
     is a file, or holds no image.
@@ -246,7 +246,7 @@ def write_image(path: StrPath, array: Pixels) -> None:
 
 
 def save_image(path: StrPath, image: Image.Image) -> None:
-    """`write_image` for a Pillow image of mode L, LA, RGB or RGBA; keeps its ICC profile.
+    """Write a Pillow image of mode L, LA, RGB or RGBA as `write_image` does, with its profile.
 
     JPEG and BMP cannot hold transparency: the image is laid on white there.
     """
@@ -281,7 +281,7 @@ def write_atomic(path: StrPath, data: bytes | memoryview) -> None:
 
 @contextmanager
 def atomic_file(path: StrPath) -> Generator[BinaryIO]:
-    """A file to write to, which takes the name `path` at the end; if anything fails it is gone.
+    """Open a file that takes the name `path` at the end, and is removed if anything fails.
 
     Raises InputError if the operating system refuses.
     """
@@ -322,13 +322,13 @@ def _format(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def to_tensor(array: Pixels) -> torch.Tensor:
-    """uint8 [H, W, 3] to float32 [1, 3, H, W] in [0, 1]."""
+    """Convert uint8 [H, W, 3] to float32 [1, 3, H, W] in [0, 1]."""
     # torch.tensor copies: Pillow's arrays are read-only, and tensors must not be.
     return torch.tensor(array).permute(2, 0, 1)[None].contiguous().float().div_(255)
 
 
 def to_uint8(tensor: torch.Tensor) -> Pixels:
-    """float [1, 3, H, W] (or [3, H, W]), clamped to [0, 1] and rounded, to uint8 [H, W, 3]."""
+    """Clamp float [1, 3, H, W] or [3, H, W] to [0, 1] and round it to uint8 [H, W, 3]."""
     if tensor.ndim == 4:
         tensor = tensor.squeeze(0)
     levels = tensor.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -24,7 +24,7 @@ COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and al
 def png_writer(
     path: StrPath, size: tuple[int, int], channels: int, icc: bytes | None = None
 ) -> Generator[Callable[[Pixels], None]]:
-    """A context with a function that takes the next rows of an image, uint8 [n, W, channels].
+    """Yield a function that takes the next rows of an image, uint8 [n, W, channels].
 
     The file appears when the context is left, whole, or not at all.
 
@@ -68,7 +68,7 @@ def png_writer(
 
 
 def _filtered(lines: Pixels, above: Pixels, channels: int) -> Pixels:
-    """Rows [n, W c] below the row `above`, each with its filter's number before it: [n, 1 + W c].
+    """Filter rows [n, W c] below the row `above`: [n, 1 + W c], each behind its filter's number.
 
     For each row the filter whose differences are smallest, as signed numbers, in sum.
     """
@@ -89,7 +89,7 @@ def _filtered(lines: Pixels, above: Pixels, channels: int) -> Pixels:
 
 
 def _paeth(a: NDArray[np.int16], b: NDArray[np.int16], c: NDArray[np.int16]) -> Pixels:
-    """Whichever of left, above and above left is nearest to left + above - above left."""
+    """Return which of left, above and above left is nearest to left + above - above left."""
     to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
     nearest = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
     return nearest.astype(np.uint8)

@@ -22,7 +22,7 @@ SCALARS = {
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with `SCALARS`, which refuses a key that is there already."""
+    """Read YAML as PyYAML's safe loader does, but with `SCALARS` and every key only once."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
