@@ -1,8 +1,7 @@
 """Measure models beside bicubic: `python evaluate.py --data Set5 Set14 --scale 2 3 4`.
 
-This file is the whole measurement, to be read and changed: sets, models, the loop over sets, scales
-and images, table and report. Methods, degradations and means are in `gsr.evaluation`, the data
-folders in `gsr.data.benchmarks`, the metrics in `gsr.metrics`, more tables in `bench.tables`.
+This file is the whole measurement, to be read and changed. Its parts are in `gsr.evaluation`,
+`gsr.data.benchmarks` and `gsr.metrics`; `python -m bench.tables evaluation.json` makes more tables.
 
 On N processes: `torchrun --nproc-per-node N evaluate.py ...`. The images are divided among them;
 the report is that of one process in every digit but the seconds, if each has as many threads.
@@ -17,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from bench import tables
 from gsr import distributed
 from gsr.cli import guard
 from gsr.data.benchmarks import check_scales, check_sizes, named_image, open_sets, read_pair
@@ -27,19 +25,18 @@ from gsr.evaluation import (
     Degradation,
     add_protocol,
     check_finite,
+    check_output,
     describe_protocol,
     label_checkpoints,
     make_methods,
     measure,
     method_labels,
-    output_files,
     save_folders,
     summarize,
     table,
-    upsample,
 )
 from gsr.io.image import to_tensor, to_uint8, write_atomic, write_image
-from gsr.io.paths import as_json, as_text, make_folder
+from gsr.io.paths import as_json, make_folder
 from gsr.metrics import PERCEPTUAL, PROTOCOLS, SSIM_WINDOW, VGG16_LEAST, perceptual
 from gsr.models.checkpoint import load
 
@@ -58,16 +55,15 @@ def evaluate(args: argparse.Namespace) -> None:
         check_sizes(data, scales, protocol, least=least)
     checkpoints = label_checkpoints(args.checkpoint)
     labels = method_labels(checkpoints, args.ensemble)
-    options = {"output": args.output, "csv": args.csv, "markdown": args.markdown}
-    files = output_files(options, sets)
+    output = check_output(args.output, sets)
     folders = save_folders(args.save, labels, sets)
 
     device = distributed.select_device(args.device, "--device")
     extra = {name: perceptual(name, device) for name in args.perceptual}
     models = {label: load(path).to(device) for label, path in checkpoints.items()}
-    for model in models.values():  # what is compiled or allocated at first counts for no image
-        upsample(model, torch.zeros(1, 3, 16, 16), (32, 32), scale=2)
     methods = make_methods(models, args.ensemble)
+    for label in models:  # what is compiled or allocated at first counts for no image
+        methods[label](torch.zeros(1, 3, 16, 16), (32, 32), scale=2)
 
     report = {
         "protocol": describe_protocol(protocol, degradation, ensemble=args.ensemble, extra=extra),
@@ -105,14 +101,10 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     report["seconds"] = time.perf_counter() - start
     try:  # whatever becomes of the report, there is the table, and the other way round
-        write_atomic(files["output"], as_json(report))
+        write_atomic(output, as_json(report))
     finally:
         print(f"{table(report)}\n", flush=True)
-    for option, text in (("csv", tables.csv_text), ("markdown", tables.markdown)):
-        if option in files:
-            write_atomic(files[option], as_text(text(report)))
-    for option, path in files.items():
-        print(f"{'report' if option == 'output' else option}: {path}")
+    print(f"report: {output}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="lpips, dists or both; needs the extra `perceptual` and its weights")
     add("--output", default="evaluation.json", metavar="FILE",
         help="report as JSON, replaced if there (default: evaluation.json in this folder)")
-    add("--csv", metavar="FILE", help="every image's figures as CSV")
-    add("--markdown", metavar="FILE", help="tables beside what papers state for the same set")
     add("--save", metavar="FOLDER",
         help="results as FOLDER/SET/xS/NAME.png (of several models: FOLDER/MODEL/SET/...)")
     add("--threads", type=int, metavar="N", help="CPU threads")

@@ -23,7 +23,7 @@ from bench.cost import Shape
 from bench.splat import Case, inputs
 from gsr.cli import guard
 from gsr.errors import InputError
-from gsr.kernels import configs
+from gsr.kernels import configs  # pyright: ignore[reportAttributeAccessIssue]
 from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 KINDS = ("forward", "prepare", "backward")
@@ -129,7 +129,7 @@ def gpu_timer(use, kind: str, scale: int, device: torch.device) -> Callable[[dic
     """
     from triton.testing import do_bench
 
-    from gsr.kernels import splat
+    from gsr.kernels import splat  # pyright: ignore[reportAttributeAccessIssue]
 
     s, shipped = shape(use, scale), configs.splat_config
     g = inputs(Case("tuning", s), device)
@@ -148,7 +148,7 @@ def gpu_timer(use, kind: str, scale: int, device: torch.device) -> Callable[[dic
             return config if wanted == kind else shipped(wanted, *sizes, **more)
 
         with mock.patch.object(splat, "splat_config", choose):
-            return do_bench(run, quantiles=[0.5]) * 1e-3
+            return float(do_bench(run, quantiles=[0.5])) * 1e-3  # pyright: ignore[reportArgumentType]
 
     return timer
 
@@ -220,7 +220,7 @@ def _print_survivors(use, kind, scale, arch):
             modelled = max(row["model"].values())
         rows.append((modelled, config))
     for modelled, config in sorted(rows, key=lambda r: r[0]):
-        text = "" if math.isnan(modelled) else f"  model: {modelled * 1e3:.3f} ms on {chip.name}"
+        text = "" if chip is None else f"  model: {modelled * 1e3:.3f} ms on {chip.name}"
         print(f"  {static.block_text(config):16}{text}", flush=True)
 
 

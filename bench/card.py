@@ -10,39 +10,32 @@ them is replaced by tables made from bench/results/gsr-lite.json, a report on th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import document
-from bench.tables import published, published_cells, table_row
+from bench.tables import check_weights, published, published_cells, read_report
 from gsr.cli import guard
-from gsr.describe import describe_model
 from gsr.errors import InputError
 from gsr.evaluation import cell
-from gsr.models.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "gsr-lite.json"
 DOCUMENTS = [ROOT / "README.md", ROOT / "gsr" / "weights" / "gsr-lite" / "README.md"]
 
 
-def tables(report: dict) -> str:
+def tables(report: dict[str, Any]) -> str:
     """One Markdown table a data set: PSNR and, for what was measured here, SSIM at every scale."""
     blocks = []
     for data in report["sets"]:
-        scales = data["scales"]
-        lines = [
-            table_row(data["name"], *(f"x{row['scale']:g}" for row in scales)),
-            "|---|" + "---|" * len(scales),
-        ]
+        scales, rows = data["scales"], []
         for method, label in (("bicubic", "bicubic"), ("lite", "**gsr-lite**")):
-            cells = [cell(row["methods"][method], ("psnr", "ssim")) for row in scales]
-            lines.append(table_row(label, *cells))
+            rows.append([label, *(cell(s["methods"][method], ("psnr", "ssim")) for s in scales)])
         for label, known in published(data, report["protocol"]):
-            lines.append(table_row(f"{label}, published", *published_cells(known, scales)))
-        blocks.append("\n".join(lines))
+            rows.append([f"{label}, published", *published_cells(known, scales)])
+        head = [data["name"], *(f"x{row['scale']:g}" for row in scales)]
+        blocks.append(document.table(head, rows))
     return "\n\n".join(blocks)
 
 
@@ -56,19 +49,12 @@ def check(report: dict[str, Any]) -> None:
         raise InputError(
             f"{REPORT.name}: its models are {', '.join(report['models'])}; measure lite alone"
         )
-    want, have = describe_model(load(), "lite")["sha256"], report["models"]["lite"]["sha256"]
-    if have != want:
-        raise InputError(
-            f"{REPORT.name}: the weights measured (sha256 {have[:12]}) are not the bundled ones "
-            f"({want[:12]}); measure these with evaluate.py, without --checkpoint"
-        )
+    check_weights(report, REPORT, "lite")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        report = json.loads(REPORT.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{REPORT} must be a report of evaluate.py, but: {error}") from None
+    """Write the tables into the documents."""
+    report = read_report(REPORT)
     check(report)
     for path in DOCUMENTS:
         document.read(path, "figures")  # before either is written

@@ -72,7 +72,7 @@ class Run:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, seed by seed: what there is after an interruption can be compared.
+    """Plan all runs, seed by seed: what there is after an interruption can be compared.
 
     Raises InputError for a bad config, two of one name, or folders of images that do not serve.
     """
@@ -194,6 +194,7 @@ def run_script(name: str, *argv: object) -> None:
     """Run a script of this checkout, its output on stderr; InputError says why it failed."""
     command, tail = [sys.executable, str(ROOT / name), *map(str, argv)], ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 4096):  # progress bars have no line ends
             text = chunk.decode(errors="replace")
             print(text, end="", file=sys.stderr, flush=True)

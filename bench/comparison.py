@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bench import document
-from bench.tables import table_row
 from gsr.cli import guard
 from gsr.errors import InputError
 
@@ -72,7 +71,7 @@ def _quality(rows: Sequence[Mapping[str, str]], name: str, scales: list[str]) ->
             std = row[f"{name} {scale} psnr std"]
             cell = f"{float(text):.2f}" + (f" ± {float(std):.3f}" if std else "")
             cells.append(f"**{cell}**" if float(text) == best else cell)
-    return _table([name, *scales], [*methods, lead])
+    return document.table([name, *scales], [*methods, lead])
 
 
 def _name(row: Mapping[str, str]) -> str:
@@ -92,11 +91,7 @@ def _costs(rows: Sequence[Mapping[str, str]]) -> str:
             + [f"{float(training) / 60:,.0f}" if training else ""]
             + [f"{float(upscaling):.3f}" if upscaling else ""]
         )
-    return _table(heads, lines)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(table_row(*line) for line in [head, ["---"] * len(head), *rows])
+    return document.table(heads, lines)
 
 
 def plot(rows: Sequence[Mapping[str, str]], plt: Any) -> bytes:

@@ -23,9 +23,9 @@ COST_SIDE, COST_SCALE = 48, 4  # side of the LR image, and scale, at which a mod
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call: b pictures, K Gaussians a pixel, C channels, radius R, h x w to H x W.
+    """Sizes of one call: b images, K Gaussians a pixel, C channels, radius R, h x w to H x W.
 
-    With `points`, that many points a picture take the place of the H W pixels.
+    With `points`, that many points an image take the place of the H W pixels.
     """
 
     K: int
@@ -83,7 +83,7 @@ def backward_operations(s: Shape) -> int:
 
 
 def model_cost(config: ModelConfig) -> dict[str, Any]:
-    """Parameters and multiply-adds of a model.
+    """Count the parameters and multiply-adds of a model.
 
     Returns:
         "parameters"; "lr_macs", multiply-adds of convolutions and matrix products for an LR pixel

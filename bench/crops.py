@@ -27,7 +27,7 @@ COLOUR = "#e41a1c"
 
 
 def differing_crop(images: Sequence[np.ndarray], shave: int) -> Crop:
-    """The square in which images differ most, about a sixth of their smaller side.
+    """Find the square in which images differ most, about a sixth of their smaller side.
 
     Differ: largest minus smallest value of a channel, squared, summed over channels and pixels.
 
@@ -48,12 +48,14 @@ def differing_crop(images: Sequence[np.ndarray], shave: int) -> Crop:
 
 
 def draw(hr: np.ndarray, results: Mapping[str, np.ndarray], crop: Crop, *, title: str):
-    """A figure: HR with the crop marked, then the crop of HR and of every result, by label.
+    """Draw HR with the crop marked, then the crop of HR and of every result, by label.
 
     Args:
         hr: uint8 [H, W, 3], as each of `results`.
     """
     plt = pyplot()
+    from matplotlib.patches import Rectangle
+
     panels = {"HR": hr, **results}
     rows = 1 if len(panels) <= 3 else 2
     columns = math.ceil(len(panels) / rows)
@@ -62,7 +64,7 @@ def draw(hr: np.ndarray, results: Mapping[str, np.ndarray], crop: Crop, *, title
     whole = figure.add_subplot(grid[:, 0])
     whole.imshow(hr)
     (y, x), (h, w) = crop.start, crop.size
-    whole.add_patch(plt.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, color=COLOUR, lw=2))
+    whole.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, color=COLOUR, lw=2))
     whole.set_title(title, fontsize=9)
     for i, (label, image) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[i // columns, 1 + i % columns])

@@ -1,11 +1,21 @@
-"""Tables in documents, each between a pair of marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
+"""Markdown tables, in documents between a pair of marks, `<!-- NAME -->` and `<!-- /NAME -->`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gsr.errors import InputError
 from gsr.io.image import write_atomic
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of these cells."""
+    lines = [
+        "| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
+        for cells in (head, *rows)
+    ]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def read(document: Path, name: str) -> str:
@@ -22,10 +32,10 @@ def read(document: Path, name: str) -> str:
 
 def put(document: Path, name: str, table: str) -> None:
     """Replace what stands between the marks."""
-    first, last = _marks(name)
-    before, rest = read(document, name).split(first)
-    _, after = rest.split(last)
-    write_atomic(document, f"{before}{first}\n{table}\n{last}{after}".encode())
+    start, stop = _marks(name)
+    before, rest = read(document, name).split(start)
+    _, after = rest.split(stop)
+    write_atomic(document, f"{before}{start}\n{table}\n{stop}{after}".encode())
 
 
 def _marks(name: str) -> tuple[str, str]:

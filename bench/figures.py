@@ -1,6 +1,6 @@
 """Draw docs/images/kernel_cells.png: python -m bench.figures
 
-The kernel's view of a picture: HR pixels by the LR pixel nearest to each, and what one cell reads.
+The kernel's view of an image: HR pixels by the LR pixel nearest to each, and what one cell reads.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def ellipse(sigma: tuple[float, float], rho: float, radius: float) -> np.ndarray
 
 def draw():
     plt = pyplot()
+    from matplotlib.patches import Rectangle
+
     (h, w), (i, j) = LR, CELL
     big_h, big_w = round(h * SCALE[0]), round(w * SCALE[1])
     figure, axes = plt.subplots(figsize=(9.4, 5.2), layout="constrained")
@@ -51,9 +53,7 @@ def draw():
                  linewidths=1.6, label="those it reads: the window, r = 1")  # fmt: skip
 
     def box(cy, cx, half, **style):
-        axes.add_patch(
-            plt.Rectangle((cx - half, cy - half), 2 * half, 2 * half, fill=False, **style)
-        )
+        axes.add_patch(Rectangle((cx - half, cy - half), 2 * half, 2 * half, fill=False, **style))
 
     box(i, j, RADIUS + 0.5, color="C3", lw=1.8)
     box(i, j, 0.5, color="C0", lw=1.8)
@@ -85,7 +85,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     figure = draw()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # No date or version in the file, so that it changes only with the picture.
+    # No date or version in the file, so that it changes only with the image.
     figure.savefig(args.output, dpi=110, metadata={"Software": None})
 
 

@@ -14,20 +14,16 @@ They are made from reports of evaluate.py in bench/results/models: `clean.json`,
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import document
 from bench.plot import pyplot
-from bench.tables import table_row
+from bench.tables import check_weights, read_report
 from gsr.cli import guard
-from gsr.describe import describe_model
-from gsr.errors import InputError
 from gsr.evaluation import cell
 from gsr.io.image import write_atomic
-from gsr.models.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "models"
@@ -38,25 +34,15 @@ NAMES = {"bicubic": "bicubic", "lite": "gsr-lite", "photo": "gsr-photo"}
 
 
 def read_reports() -> tuple[dict, dict[int, dict]]:
-    """The clean report, and those of JPEG by quality, best first.
+    """Read the clean report, and those of JPEG by quality, best first.
 
     Raises:
         InputError: there is none, or one is not of the bundled weights.
     """
     reports = {}
     for path in [RESULTS / "clean.json", *RESULTS.glob("jpeg-*.json")]:
-        try:
-            reports[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} must be a report of evaluate.py, but: {error}") from None
-        for name in ("lite", "photo"):
-            want = describe_model(load(name), name)["sha256"]
-            have = reports[path.stem]["models"].get(name, {}).get("sha256", "none")
-            if have != want:
-                raise InputError(
-                    f"{path}: the weights measured as {name} (sha256 {have[:12]}) are not the "
-                    f"bundled ones ({want[:12]}); measure again"
-                )
+        reports[path.stem] = read_report(path)
+        check_weights(reports[path.stem], path, "lite", "photo")
     clean = reports.pop("clean")
     by_quality = {r["protocol"]["degradation"]["jpeg"]: r for r in reports.values()}
     return clean, dict(sorted(by_quality.items(), reverse=True))
@@ -66,13 +52,12 @@ def clean_tables(report: dict) -> str:
     """PSNR and SSIM of both models at every scale, a table a set."""
     blocks = []
     for data in report["sets"]:
-        rows = data["scales"]
-        lines = [table_row(data["name"], *(f"x{row['scale']:g}" for row in rows))]
-        lines.append("|---|" + "---|" * len(rows))
-        for key, name in NAMES.items():
-            cells = [cell(row["methods"][key], ("psnr", "ssim")) for row in rows]
-            lines.append(table_row(name, *cells))
-        blocks.append("\n".join(lines))
+        scales = data["scales"]
+        blocks.append(document.table(
+            [data["name"], *(f"x{row['scale']:g}" for row in scales)],
+            [[name, *(cell(row["methods"][key], ("psnr", "ssim")) for row in scales)]
+             for key, name in NAMES.items()],
+        ))  # fmt: skip
     return "\n\n".join(blocks)
 
 
@@ -94,12 +79,12 @@ def only(report: dict, name: str) -> dict:
 def jpeg_table(clean: dict, jpeg: dict[int, dict]) -> str:
     """Gain over bicubic on B100 by JPEG quality: rows are scales and models."""
     columns = {"clean": only(clean, "B100"), **{f"quality {q}": r for q, r in jpeg.items()}}
-    lines = [table_row("B100, gain over bicubic, dB", *columns), "|---|" + "---|" * len(columns)]
-    for scale in (2, 4):
-        for model in ("lite", "photo"):
-            cells = [f"{gain(report, scale, model):+.2f}" for report in columns.values()]
-            lines.append(table_row(f"x{scale}, {NAMES[model]}", *cells))
-    return "\n".join(lines)
+    rows = [
+        [f"x{scale}, {NAMES[model]}", *(f"{gain(r, scale, model):+.2f}" for r in columns.values())]
+        for scale in (2, 4)
+        for model in ("lite", "photo")
+    ]
+    return document.table(["B100, gain over bicubic, dB", *columns], rows)
 
 
 def png(figure: Any) -> bytes:

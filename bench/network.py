@@ -6,12 +6,12 @@
     python -m bench.plot network.json -o network.png
 
 Parts, all on the CPU, with random weights (EDSR-baseline), in float32 unless said otherwise:
-  time      encode and render one picture, in passes, beside the published algorithm and LIIF
+  time      encode and render one image, in passes, beside the published algorithm and LIIF
   memory    peak memory above the loaded and warmed model, each in a process of its own
-  size      gsr.upscale to ever larger pictures: time a pixel, memory of the whole process
+  size      gsr.upscale to ever larger images: time a pixel, memory of the whole process
   training  a step of the published recipe, in steps of the encoder alone
 
-A pass is one eager float32 EDSR-baseline over the same LR picture with the same threads, timed
+A pass is one eager float32 EDSR-baseline over the same LR image with the same threads, timed
 directly before and after each run. Times count when nothing else runs on the machine: its load
 before the start is kept in the report, and a warning printed where there is one.
 """
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,12 +68,12 @@ GOALS = {
     ("training", "48x48 x4", "direct", "float32"): ("ratio", 1.3),
 }
 BUSY = 0.3  # load average from which the machine is not quiet
-LARGEST_DRIFT = 0.1  # that the time a pixel may grow from the smallest picture to the largest
+LARGEST_DRIFT = 0.1  # that the time a pixel may grow from the smallest image to the largest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run; pictures are square, sides in LR pixels."""
+    """Sizes of a run; images are square, sides in LR pixels."""
 
     time: tuple = ((96, 4, MODES), (48, 8, ("direct",)))  # side, scale, modes; baselines in the 1st
     memory: int = 128
@@ -100,38 +101,41 @@ def make_model(mode: str) -> GaussianSR:
 def macs(model: GaussianSR) -> tuple[int, int]:
     """Multiply-adds of what is learnt, per LR and per HR pixel. The splat is not among them."""
     weights = {n: t.numel() for n, t in model.state_dict().items() if n.endswith("weight")}
-    weights = {n: count for n, count in weights.items() if "phase" not in n}  # once a picture
+    weights = {n: count for n, count in weights.items() if "phase" not in n}  # once an image
     hr = sum(count for n, count in weights.items() if n.startswith("head.decoder."))
     return sum(weights.values()) - hr, hr
 
 
 def renderer(provider: str, scale: int, chunk: int, bf16: bool = False):
-    """A function of lr that gives the HR picture, and its MACs (per LR pixel, per HR pixel)."""
+    """A function of lr that gives the HR image, and its MACs (per LR pixel, per HR pixel)."""
     if provider == "LIIF":
         encoder = make_model("direct").encoder.eval()
         weights, mlp = encoder.state_dict(), liif_mlp().eval()
 
         def liif(lr):
             with torch.inference_mode():
-                return liif_render(edsr(weights, lr), mlp, _enlarged(lr, scale), chunk)
+                return liif_render(edsr(weights, lr), mlp, _hr_size(lr, scale), chunk)
 
         hr = 4 * sum(p.numel() for p in mlp.parameters() if p.dim() == 2)
         return liif, (sum(p.numel() for p in encoder.parameters() if p.dim() == 4), hr)
     if provider in PUBLISHED:
         model = make_model("official")
         published = Published(model, chunk if PUBLISHED[provider] else None)
-        return lambda lr: published(lr, _enlarged(lr, scale), scale), macs(model)
-    model, more = make_model(provider), {"precision": "bf16"} if bf16 else {}
-    return lambda lr: infer.run(model, lr, _enlarged(lr, scale), scale, **more), macs(model)
+        return lambda lr: published(lr, _hr_size(lr, scale), scale), macs(model)
+    model, precision = make_model(provider), "bf16" if bf16 else "fp32"
+    return (
+        lambda lr: infer.run(model, lr, _hr_size(lr, scale), scale=scale, precision=precision),
+        macs(model),
+    )
 
 
-def _enlarged(lr: Tensor, scale: int) -> tuple[int, int]:
+def _hr_size(lr: Tensor, scale: int) -> tuple[int, int]:
     return lr.shape[-2] * scale, lr.shape[-1] * scale
 
 
 def interleave(
-    runs: dict[str, Callable], unit: Callable, rounds: int, least: float
-) -> dict[str, tuple[list[float], list[float]]]:
+    runs: dict[Any, Callable], unit: Callable, rounds: int, least: float
+) -> dict[Any, tuple[list[float], list[float]]]:
     """Every run in turn, `rounds` times: its times in seconds, and in units.
 
     The unit is timed directly before and after each of them, and their mean counts. A sample is as
@@ -245,7 +249,7 @@ def forget_peak() -> bool:
 
 
 def measure_memory(provider: str, side: int, scale: int, chunk: int) -> dict:
-    """Bytes that enlarging a picture takes at its peak, the result included, above the model."""
+    """Bytes that upscaling an image takes at its peak, the result included, above the model."""
     run, _ = renderer(provider, scale, chunk)
     run(torch.rand(1, 3, 14, 14))
     lr = torch.rand(1, 3, side, side)
@@ -259,14 +263,14 @@ def measure_memory(provider: str, side: int, scale: int, chunk: int) -> dict:
 def measure_size(mode: str, side: int, scale: int) -> dict:
     """Seconds of each call of gsr.upscale on uint8 [side, side, 3], bytes of the whole process."""
     model = make_model(mode)
-    # By itself it may take bf16 for the large pictures only: then the times would not compare.
-    more = {"precision": "fp32"}
-    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-    gsr.upscale(picture[:14, :14], scale, model=model, **more)
+    # By itself it may take bf16 for the large images only: then the times would not compare.
+    upscale = partial(gsr.upscale, scale=scale, model=model, precision="fp32")
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    upscale(image[:14, :14])
     seconds = []
     while len(seconds) < 5 and sum(seconds) < 3:
         start = time.perf_counter()
-        gsr.upscale(picture, scale, model=model, **more)
+        upscale(image)
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds, "rss": resident("VmHWM")}
 
@@ -305,7 +309,7 @@ def memory_rows(plan: Plan, methods: list[str]) -> list[dict]:
 
 
 def size_rows(plan: Plan, methods: list[str]) -> list[dict]:
-    """Smallest to largest picture and the smallest again: a machine drifts within such a time."""
+    """Smallest to largest image and the smallest again: a machine drifts within such a time."""
     rows, scale = [], 4
     for mode in (m for m in MODES if m in methods):
         found = {}
@@ -332,13 +336,13 @@ def size_rows(plan: Plan, methods: list[str]) -> list[dict]:
 def steps(plan: Plan, scale: int) -> dict[str, Callable[[], None]]:
     """A training step of everything: forward, L1, backward, Adam, as `train.py` does it."""
     torch.manual_seed(1)
-    side, size = plan.patch, (plan.patch * scale,) * 2
+    side, size = plan.patch, (plan.patch * scale, plan.patch * scale)
     lr = torch.rand(plan.batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     pixels = torch.stack([torch.randperm(size[0] * size[1]) for _ in range(plan.batch)])
     coord = queries(size)[pixels[:, : plan.queries]]  # [B, Q, 2]
 
     def step(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        model.to(memory_format=torch.channels_last).train()
+        model.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
         with torch.no_grad():
             target = torch.rand_like(forward())
@@ -421,12 +425,12 @@ def _time_table(rows: list[dict]) -> str:
             r["case"], r["provider"], r["sizes"]["dtype"], _spread(r["seconds"], 3),
             _spread(r["spread"], 2), goal(r, "passes"), f"{r['share']['arithmetic']:.0%}",
         ])  # fmt: skip
-    return _table("picture | method | type | seconds | passes | goal | of best fp32 rate", lines)
+    return _table("image | method | type | seconds | passes | goal | of best fp32 rate", lines)
 
 
 def _memory_table(rows: list[dict]) -> str:
     return _table(
-        "picture | method | peak above the model, MB | goal",
+        "image | method | peak above the model, MB | goal",
         [
             [r["case"], r["provider"], f"{r['memory'] / 1e6:.0f}", goal(r, "memory", 1e6)]
             for r in rows
@@ -496,7 +500,7 @@ def measure(parts: list[str], plan: Plan, rounds: int, methods: list[str]) -> di
         "passes": "a run over the mean of the passes directly before and after it; quantiles",
         "share": "multiply-adds of what is learnt, by formula, over the best of a matrix product "
         "and a 3 x 3 convolution of the same rounds",
-        "memory": "VmHWM above VmRSS after a 14 x 14 picture, result included",
+        "memory": "VmHWM above VmRSS after a 14 x 14 image, result included",
         "size": "uint8 array in and out, computed in float32; rss is VmHWM of the whole process",
     }
     # The plan's tuples become lists as they would in a file.

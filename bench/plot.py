@@ -1,4 +1,4 @@
-"""A picture of a report: python -m bench.plot splat.json -o splat.png
+"""An image of a report: python -m bench.plot splat.json -o splat.png
 
 Of `python -m bench splat` the times, of `python -m bench static` the model's limits, of `python -m
 bench network` time and memory against the size of the result.
@@ -104,7 +104,7 @@ def draw(report: dict):
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("report", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="picture file to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="image file to write")
     args = parser.parse_args(argv)
     figure = draw(schema.load(args.report))
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
 `Published` computes what the published GaussianSR code computes, in the way in which it computes
 it: tensors of [windows x 49 x 8 x k x k] for the splat, both 3 x 3 convolutions over the whole HR
-picture, and all of that anew for every 30,000 queries. It was written from a specification of that
+image, and all of that anew for every 30,000 queries. It was written from a specification of that
 algorithm, in plain PyTorch, and takes the weights of an `official` model, whose `render` gives the
-same picture to 1e-5. Where the specification leaves the cost open, the cheaper way is taken: the
+same image to 1e-5. Where the specification leaves the cost open, the cheaper way is taken: the
 49 kernels are placed once for all windows, and only one of the expanded tensors is made, not
 several. The Gaussians are the likeliest ones, where the published code draws them at random.
 """
@@ -67,7 +67,7 @@ def sample(x: Tensor, coord: Tensor) -> Tensor:
 
 
 def centres(like: Tensor) -> Tensor:
-    """Coordinates (y, x) of the pixels of [B, C, h, w] as a picture: [B, 2, h, w]."""
+    """Coordinates (y, x) of the pixels of [B, C, h, w] as an image: [B, 2, h, w]."""
     b, _, h, w = like.shape
     return queries((h, w)).T.reshape(1, 2, h, w).expand(b, -1, -1, -1)
 
@@ -197,7 +197,7 @@ def liif_mlp(channels: int = 64) -> nn.Sequential:
 
 
 def liif_query(features: Tensor, mlp, coord: Tensor, size: tuple[int, int]) -> Tensor:
-    """Colours at coord of the HR picture of `size`, with feature unfolding, cell decoding and local
+    """Colours at coord of the HR image of `size`, with feature unfolding, cell decoding and local
     ensemble: the mean over the four surrounding LR pixels, by the area of the opposite rectangle.
 
     Args:
@@ -243,4 +243,5 @@ def _liif(unfolded: Tensor, mlp, coord: Tensor, size: tuple[int, int]) -> Tensor
             colours.append(mlp(torch.cat([sample(unfolded, corner), away, cell], dim=-1)))
             areas.append(away.prod(-1, keepdim=True).abs() + 1e-9)
     total = sum(areas)
-    return sum(c * a / total for c, a in zip(colours, reversed(areas), strict=True))
+    weighted = (c * a / total for c, a in zip(colours, reversed(areas), strict=True))
+    return sum(weighted, torch.zeros(()))

@@ -46,7 +46,7 @@ _ROW = {
 }
 _MORE = {
     "direction": str,  # "forward" or "forward and backward"
-    "passes": _NUMBER,  # p50 in EDSR-baseline passes over the same LR picture
+    "passes": _NUMBER,  # p50 in EDSR-baseline passes over the same LR image
     "config": dict,
     "resources": dict,  # a compiled kernel's
     "loop": dict,  # instructions of its innermost loop
@@ -58,7 +58,7 @@ _MORE = {
     "rss": int,  # bytes at the peak, of the whole process
     "per_pixel": _NUMBER,  # p50 seconds a pixel of the result
     "rates": dict,  # of `python -m bench training`: FLOP/s, their share, share of time waiting
-    "ratio": _NUMBER,  # to the smallest picture's per_pixel, or to a training step of the encoder
+    "ratio": _NUMBER,  # to the smallest image's per_pixel, or to a training step of the encoder
 }
 
 

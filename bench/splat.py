@@ -227,6 +227,8 @@ def measure(
     arguments = inputs(case, device, grad=direction != "forward")
     found = providers(case, device, memory)
     beside = limits(case, device)
+    from torch._dynamo.exc import TorchDynamoException
+
     torch._dynamo.reset()  # what it learnt from other cases would be compiled in
     runs = {}
     for name, function in found.items():
@@ -235,7 +237,7 @@ def measure(
             try:
                 run()
                 runs[name] = run
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except TorchDynamoException as error:
                 found[name] = f"torch.compile fails with {type(error).__name__}"
     times = interleave({**runs, **{n: f for n, (f, _) in beside.items()}}, device, rounds, seconds)
     unit = {n: quantiles(times[n])["p50"] for n in beside}

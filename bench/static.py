@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from bench import cost, document, schema
 from bench.cost import Shape
 from gsr.errors import InputError
-from gsr.kernels import configs, splat, windows
+from gsr.kernels import configs, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -181,7 +181,7 @@ def resources(compiled) -> dict:
     text = compiled.asm["amdgcn"]
 
     def count(key):
-        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
 
     return {
         "registers": count("vgpr_count"),
@@ -376,12 +376,12 @@ PIPES = {
 def _per_thread(compiled) -> int:
     """Exponentials that a thread computes for one Gaussian, from the layout of the exp2."""
     text = compiled.asm["ttgir"]
-    shape, layout = re.search(r"math\.exp2 .*tensor<([\dx]+)xf32, (#\w+)>", text).groups()
-    size, threads, warps = re.search(
+    shape, layout = re.findall(r"math\.exp2 .*tensor<([\dx]+)xf32, (#\w+)>", text)[0]
+    size, threads, warps = re.findall(
         layout + r" = #ttg\.blocked<\{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\], "
         r"warpsPerCTA = \[(.*?)\]",
         text,
-    ).groups()
+    )[0]
     count = 1
     parts = (text.split(",") for text in (size, threads, warps))
     for n, a, b, c in zip(shape.split("x"), *parts, strict=True):
@@ -725,7 +725,7 @@ def main(argv=None) -> None:
     if args.output:
         import torch
 
-        protocol = {"note": NOTE, "picture": list(IMAGE), "scale": SCALE, "latency": LATENCY}
+        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE, "latency": LATENCY}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
         document.put(args.document, "static", summary(rows))

@@ -1,19 +1,28 @@
-"""Tables of a report of evaluate.py: beside the literature, and every image as CSV.
+"""Tables of a report of evaluate.py: Markdown beside the literature, or every image as CSV.
 
-    python evaluate.py ... --markdown FILE --csv FILE
+    python -m bench.tables evaluation.json [--csv]
 
 Nothing is computed here. What papers state is in `PUBLISHED`, and nowhere else.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gsr.evaluation import cell, column, count_images, metrics_of, notes
+from bench import document
+from gsr.cli import guard
+from gsr.describe import describe_model
+from gsr.errors import InputError
+from gsr.evaluation import cell, column, count_images, metric_names, metrics_of, notes
+from gsr.models.checkpoint import load
 
 # ---- the literature -----------------------------------------------------------------------------
 
@@ -88,7 +97,7 @@ ALIASES = {"bsd100": "B100", "bsds100": "B100", "div2k_valid_hr": "DIV2K_valid"}
 def published(
     data: Mapping[str, Any], protocol: Mapping[str, Any]
 ) -> list[tuple[str, dict[int, float]]]:
-    """(label, PSNR by scale) of every published row that a measured set can stand beside.
+    """Return (label, PSNR by scale) of the published rows that fit a measured set.
 
     Args:
         data: one of a report's "sets". The literature fits its name (in any case) if it has all
@@ -110,7 +119,7 @@ def published(
 
 
 def csv_text(report: Mapping[str, Any]) -> str:
-    """Every figure of a report as CSV: a row for each set, scale, method and image.
+    """Return every figure of a report as CSV: a row a set, scale, method and image.
 
     All digits, in the order in which they were measured; an infinite PSNR is inf.
     """
@@ -130,35 +139,26 @@ def csv_text(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """One Markdown table a data set: what was measured, then what papers state, at every scale.
+    """Return a Markdown table a data set: what was measured, then what papers state.
 
     An empty cell is a figure that is not entered here. What the figures mean stands below.
     """
     protocol, metrics = report["protocol"], metrics_of(report)
-    names = " / ".join(
-        f"PSNR {protocol['psnr']['colour']} in dB" if key == "psnr" else key.upper()
-        for key in metrics
-    )
+    names = metric_names(report, " in dB")
     blocks, quoted = [], False
     for data in report["sets"]:
         scales = data["scales"]
         head = f"{data['name']}, {count_images(data)}: {names}"
-        lines = [table_row(head, "figures", *map(column, scales))]
-        lines.append("|---" * (2 + len(scales)) + "|")
+        rows = []
         for method in scales[0]["methods"]:
             label = method if method == "bicubic" else f"**{method}**"
             cells = [cell(row["methods"][method], metrics) for row in scales]
-            lines.append(table_row(label, "measured", *cells))
+            rows.append([label, "measured", *cells])
         for label, known in published(data, protocol):
             quoted = True
-            lines.append(table_row(label, "published", *published_cells(known, scales)))
-        blocks.append("\n".join(lines))
+            rows.append([label, "published", *published_cells(known, scales)])
+        blocks.append(document.table([head, "figures", *map(column, scales)], rows))
     return "\n\n".join([*blocks, _legend(report, quoted)]) + "\n"
-
-
-def table_row(*cells: str) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
 
 
 def published_cells(known: Mapping[int, float], scales: list[Mapping[str, Any]]) -> list[str]:
@@ -187,3 +187,39 @@ def _legend(report: Mapping[str, Any], quoted: bool) -> str:
             CAVEATS[protocol["name"]],
         ]
     return " ".join(text)
+
+
+# ---- reports ------------------------------------------------------------------------------------
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What evaluate.py wrote; InputError if it is not there, or is not JSON."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} must be a report of evaluate.py, but: {error}") from None
+
+
+def check_weights(report: Mapping[str, Any], path: Path, *names: str) -> None:
+    """Raise InputError unless the report is of the bundled models of these names, as they are."""
+    for name in names:
+        want = describe_model(load(name), name)["sha256"]
+        have = report["models"].get(name, {}).get("sha256", "none")
+        if have != want:
+            raise InputError(
+                f"{path}: the weights measured as {name} (sha256 {have[:12]}) are not the bundled "
+                f"ones ({want[:12]}); measure again"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of a report."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("report", type=Path, help="what evaluate.py wrote")
+    parser.add_argument("--csv", action="store_true", help="every image's figures, as CSV")
+    args = parser.parse_args(argv)
+    sys.stdout.write((csv_text if args.csv else markdown)(read_report(args.report)))
+
+
+if __name__ == "__main__":
+    guard(main)

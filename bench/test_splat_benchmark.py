@@ -16,6 +16,7 @@ def test_splat(benchmark, case, provider, direction):
     benchmark.group = f"{case.name}, {direction}"
     arguments = inputs(case, DEVICE, grad=direction != "forward")
     function = providers(case, DEVICE, float("inf"))[provider]
+    assert callable(function), function
     run = step(function, arguments, direction)
     run()  # compile
 

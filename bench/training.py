@@ -12,6 +12,7 @@ forward ones. The machine must be quiet; its load average is in the report.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -35,10 +36,8 @@ def convolutions(model: GaussianSR, batch: int, patch: int, dtype: torch.dtype) 
     convs = [m for m in model.encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels != 3]
     parts = []
     for conv in convs:
-        twin = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding
-        )
-        twin.to(dtype=dtype, memory_format=torch.channels_last)
+        twin = copy.deepcopy(conv)
+        twin.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         x = torch.rand(batch, conv.in_channels, patch, patch, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         with torch.no_grad():
@@ -61,7 +60,8 @@ def measure(config, rounds: int, seconds: float) -> dict:
     keep_memory()
     dataset = PatchDataset(split_images(config.data)[0], config.data)
     torch.manual_seed(c.seed)
-    model = GaussianSR(config.model).to(memory_format=torch.channels_last).train()
+    model = GaussianSR(config.model).train()
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     loss_of, optimizer = train.Loss(model, c.precision), make_optimizer(model, c)
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     alone = convolutions(model, config.data.batch, config.data.patch, dtype)

@@ -22,11 +22,11 @@ adam = torch.optim.Adam([{"params": colour, "lr": 0.03}, {"params": shape, "lr":
 for step in range(int(sys.argv[3]) + 1 if len(sys.argv) > 3 else 301):
     sigma, offset = 0.1 + 0.5 * shape[:, :, :2].sigmoid(), 0.7 * shape[:, :, 2:4].tanh()
     rho, opacity = 0.9 * shape[:, :, 4].tanh(), shape[:, :, 5].sigmoid()
-    picture = splat(colour, sigma, rho, opacity, size, offset, radius=1, eps=1e-3)
-    mse = (picture - photo).square().mean()
+    image = splat(colour, sigma, rho, opacity, size, offset, radius=1, eps=1e-3)
+    mse = (image - photo).square().mean()
     adam.zero_grad()
     mse.backward()
     adam.step()
     if step % 50 == 0:
         print(f"step {step}: {-10 * mse.log10().item():.2f} dB")
-write_image(sys.argv[2], to_uint8(picture.detach()))
+write_image(sys.argv[2], to_uint8(image.detach()))

@@ -1,9 +1,9 @@
-"""GaussianSR: images enlarged to any size by 2D Gaussian splatting.
+"""GaussianSR: images upscaled to any size by 2D Gaussian splatting.
 
     import gsr
     large = gsr.upscale(image, scale=3.7)     # a Pillow image, NumPy array or tensor
 
-`upscale` enlarges with the bundled model, `load` reads another, `GaussianSR` is the module itself.
+`upscale` works with the bundled model, `load` reads another, `GaussianSR` is the module itself.
 Bad input raises `InputError`, a ValueError. Importing this package imports nothing heavy: torch
 comes with the first use of a name below.
 """

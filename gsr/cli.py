@@ -7,6 +7,7 @@ and measuring are scripts of the checkout: train.py, evaluate.py and `python -m 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
@@ -34,7 +35,9 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     is a bug and keeps its traceback. Returns if main returns.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal has not
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # names of files may hold what the terminal has not
             stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
@@ -47,19 +50,19 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script `gsr`."""
+    """Run the console script `gsr`."""
     guard(dispatch, argv)
 
 
 def dispatch(argv: Sequence[str] | None = None) -> None:
-    """`main` without the guard: raises InputError on wrong input."""
+    """Run `main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(argv[0] if argv else "").parse_args(argv)
     args.run(args)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """The arguments of all commands; those of `inspect` in full only where it is the command."""
+    """Make the parser of all commands; `inspect` is in full only where it is the command."""
     from gsr.data.commands import add_data_parser
 
     parser = argparse.ArgumentParser(
@@ -74,7 +77,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    up.add_argument("photo", nargs="+", metavar="PHOTO", help="image file to upscale")
+    up.add_argument("image", nargs="+", metavar="IMAGE", help="file to upscale")
     up.add_argument(
         "-o",
         "--output",
@@ -137,7 +140,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _scale(text: str) -> tuple[float, float]:
-    """ "3.7" or "2x3.5" (horizontal x vertical) as (s_y, s_x)."""
+    """Parse "3.7" or "2x3.5" (horizontal x vertical) to (s_y, s_x)."""
     try:
         factors = [float(part) for part in text.lower().split("x")]
         horizontal, vertical = factors if len(factors) == 2 else factors * 2
@@ -149,7 +152,7 @@ def _scale(text: str) -> tuple[float, float]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "1920x1080" (width x height) as (H, W)."""
+    """Parse "1920x1080" (width x height) to (H, W)."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -160,7 +163,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _bytes(text: str) -> int:
-    """ "2GB", "1.5 GiB", "800MB" or a number of bytes."""
+    """Parse "2GB", "1.5 GiB", "800MB" or a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory such as 2GB")
@@ -169,9 +172,9 @@ def _bytes(text: str) -> int:
 
 
 def _upscale(args: argparse.Namespace) -> None:
-    photos = [Path(photo) for photo in args.photo]
-    if args.compare and len(photos) > 1:
-        raise InputError("--compare takes one PHOTO; upscale them one by one")
+    sources = [Path(source) for source in args.image]
+    if args.compare and len(sources) > 1:
+        raise InputError("--compare takes one IMAGE; upscale them one by one")
     if args.max_pixels is not None and args.max_pixels < 1:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
@@ -191,16 +194,16 @@ def _upscale(args: argparse.Namespace) -> None:
     set_threads(args.threads)
     limit = MAX_PIXELS if args.max_pixels is None else args.max_pixels
     sizes = []
-    for photo in photos:
-        image = open_image(photo)
+    for source in sources:
+        image = open_image(source)
         try:
             (height, width), _ = target_size(
                 (image.height, image.width), args.scale, args.size, limit
             )
         except InputError as error:
-            raise InputError(f"{photo}: {error}") from None
+            raise InputError(f"{source}: {error}") from None
         sizes.append((width, height))
-    outputs = _outputs(photos, args.output)
+    outputs = _outputs(sources, args.output)
     comparison = check_path(args.compare) if args.compare else None
     if comparison is not None and comparison.resolve() == outputs[0].resolve():
         raise InputError(f"--compare and --output both name {comparison}; choose two names")
@@ -209,10 +212,10 @@ def _upscale(args: argparse.Namespace) -> None:
         files.append((comparison, _sheet(*sizes[0])[0]))
     for path, size in files:
         check_format(path, size)
-        for photo in photos:
-            if path.exists() and os.path.samefile(photo, path):
-                raise InputError(f"{path} would overwrite the input {photo}; choose another name")
-    if _is_folder(photos, args.output):
+        for source in sources:
+            if path.exists() and os.path.samefile(source, path):
+                raise InputError(f"{path} would overwrite the input {source}; choose another name")
+    if _is_folder(sources, args.output):
         make_folder(args.output)
     for path, _ in files:
         check_writable(path)
@@ -220,16 +223,16 @@ def _upscale(args: argparse.Namespace) -> None:
     from gsr.models.checkpoint import load
 
     device = select_device(args.device)
-    choices = [_choose(args.model, lossy_compression(photo)) for photo in photos]
+    choices = [_choose(args.model, lossy_compression(source)) for source in sources]
     # All of them at once: a model that is missing is found before the first image is computed.
     models = {name: load(name).to(device) for name in dict.fromkeys(c[0] for c in choices)}
     progress = not args.quiet and sys.stderr.isatty()
-    for photo, output, (width, height), (name, why) in zip(
-        photos, outputs, sizes, choices, strict=True
+    for source, output, (width, height), (name, why) in zip(
+        sources, outputs, sizes, choices, strict=True
     ):
         model = models[name]
-        if len(photos) > 1:  # otherwise it is still there from the checks
-            image = open_image(photo)
+        if len(sources) > 1:  # otherwise it is still there from the checks
+            image = open_image(source)
         options = (
             args.scale, args.size, model, progress, limit, args.max_memory, args.precision
         )  # fmt: skip
@@ -241,7 +244,7 @@ def _upscale(args: argparse.Namespace) -> None:
             else:
                 large = upscale(image, *options)
         except InputError as error:
-            raise InputError(f"{photo}: {error}") from None
+            raise InputError(f"{source}: {error}") from None
         if not streamed:
             save_image(output, large)
         if not args.quiet:
@@ -254,7 +257,7 @@ def _upscale(args: argparse.Namespace) -> None:
 
 
 def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
-    """The model for a file, by name or path, and why, for the line that is printed."""
+    """Return the model for a file, by name or path, and why, for the line that is printed."""
     if model is not None:
         return model, ""
     if lossy:
@@ -262,38 +265,38 @@ def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
     return "lite", ", by gsr-lite (no lossy compression)"
 
 
-def _outputs(photos: list[Path], output: str) -> list[Path]:
-    """The file to write for each photo."""
+def _outputs(sources: list[Path], output: str) -> list[Path]:
+    """Return the file to write for each image."""
     from gsr.io.image import WRITE_FORMATS
     from gsr.io.paths import check_path
 
-    if not _is_folder(photos, output):
+    if not _is_folder(sources, output):
         return [check_path(output)]
     names = [
-        photo.name if photo.suffix.lower() in WRITE_FORMATS else f"{photo.stem}.png"
-        for photo in photos
+        source.name if source.suffix.lower() in WRITE_FORMATS else f"{source.stem}.png"
+        for source in sources
     ]
     paths = [check_path(Path(output, name)) for name in names]
     for path in paths:
         if paths.count(path) > 1:
-            raise InputError(f"two photos would be written to {path}; rename one of them")
+            raise InputError(f"two images would be written to {path}; rename one of them")
     return paths
 
 
-def _is_folder(photos: list[Path], output: str) -> bool:
-    """Whether --output means a folder, which may not be there yet."""
-    return len(photos) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output)
+def _is_folder(sources: list[Path], output: str) -> bool:
+    """Return whether --output means a folder, which may not be there yet."""
+    return len(sources) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def _sheet(width: int, height: int) -> tuple[tuple[int, int], int, int, int]:
-    """Of a sheet with two images of that size: its own, that of text, the gap, the label band."""
+    """Return the size of a sheet with two images, of its text, of the gap and the label band."""
     text = max(12, round(height / 28))
     gap, band = max(2, text // 3), math.ceil(1.6 * text)
     return (2 * width + gap, band + height), text, gap, band
 
 
 def _side_by_side(image: Any, large: Any) -> Any:
-    """Pillow images: the small one upsampled bicubically, the large one, each under its label."""
+    """Draw the small image, upsampled bicubically, beside the large one, under labels."""
     from PIL import Image, ImageDraw, ImageFont
 
     from gsr.io.image import on_white, to_rgb

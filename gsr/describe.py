@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def describe_model(model: GaussianSR, checkpoint: str) -> dict[str, Any]:
-    """Which model was measured: its name, mode, size, configuration and a hash of its weights."""
+    """Return a model's name, mode, size, configuration and a hash of its weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -36,7 +36,7 @@ def describe_model(model: GaussianSR, checkpoint: str) -> dict[str, Any]:
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and commit: what else the numbers depend on."""
+    """Return versions, machine and commit: what else the numbers depend on."""
     import PIL
 
     import gsr
@@ -58,7 +58,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, "-dirty" where files differ; None if it is no checkout."""
+    """Return this checkout's commit, "-dirty" where files differ; None if it is no checkout."""
     root = Path(__file__).resolve().parents[1]
     # Installed into an environment inside somebody's own repository, git would name that one.
     if not (root / ".git").exists():
@@ -74,11 +74,11 @@ def _commit() -> str | None:
 
 
 def called_after(path: str | os.PathLike | None) -> str:
-    """What a report calls a checkpoint: the end of its path, "run/best" for what a run wrote."""
+    """Name a checkpoint by the end of its path, "run/best" for what a run wrote."""
     parts = Path(os.path.abspath("lite" if path is None else path)).parts[1:]
     return "/".join(parts[-telling(parts) :])
 
 
 def telling(parts: Sequence[str]) -> int:
-    """How many parts of a path, from its end, name a model: every run has a best."""
+    """Return how many parts, from a path's end, name a model: every run has a best."""
     return 2 if re.fullmatch("best|model|step-.*", "".join(parts[-1:])) else 1

@@ -1,6 +1,6 @@
-"""Several processes that train one model, each on a share of every batch, or measure it together.
+"""Process groups: several processes train one model, each on a shard of every batch, or measure it.
 
-`torchrun` starts the processes, on one machine or more, and tells each its place by environment
+`torchrun` starts the processes, on one machine or more, and tells each its rank by environment
 variables. Without it every function here is that of a single process and does next to nothing.
 
 A process that fails must not leave the others waiting for it: what is done in common is preceded
@@ -30,33 +30,33 @@ GONE = re.compile("connection (closed|reset|refused)|broken pipe|ncclRemoteError
 PATIENCE = timedelta(hours=2)  # for a process that validates and writes alone, or measures longer
 # Groups end with the interpreter: DistributedDataParallel, were the last reference its own, would
 # hold the interpreter's lock as it waits for threads that may be waiting for that lock.
-_groups: list[dist.ProcessGroup] = []
-# One tensor for all calls: a thread of gloo that lets go of the last reference to one needs that
+_groups: list[dist.ProcessGroup | None] = []
+# One tensor for all calls: a thread of gloo that releases the last reference to one needs that
 # lock too, and at the interpreter's end the process would be aborted for it.
 _first = torch.zeros((), dtype=torch.int64)
 
 
 class Lost(InputError):
-    """A process is gone: there is nobody to agree with on the end of all."""
+    """Raised where another process is gone, so that `agree` cannot end them all."""
 
 
 def started() -> int:
-    """Processes that torchrun has started; 1 without it."""
+    """Return how many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def world_size() -> int:
-    """Processes that are together."""
+    """Return the size of the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0; only process 0 writes and prints."""
+    """Return the rank of this process; only rank 0 writes and prints."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def local_rank() -> tuple[int, int]:
-    """Number of this process among those on its machine, and how many those are."""
+    """Return the rank of this process on its machine, and how many are there."""
     if world_size() == 1:
         return 0, 1
     return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -101,7 +101,7 @@ def process_group() -> Iterator[None]:
             ) from None
     finally:
         if world_size() > 1:
-            time.sleep(0.2)  # for gloo's threads to let go of what they have sent, see above
+            time.sleep(0.2)  # for gloo's threads to release what they have sent, see above
             dist.destroy_process_group()
 
 
@@ -124,7 +124,7 @@ def agree(error: InputError | None = None) -> None:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of a float tensor over all processes; the tensor itself in a single one."""
+    """Return the mean of a float tensor over all processes."""
     if world_size() == 1:
         return values
     dist.all_reduce(values)
@@ -132,12 +132,12 @@ def mean(values: Tensor) -> Tensor:
 
 
 def shard(items: Sequence[Any]) -> Sequence[Any]:
-    """This process's part: every count-th, so that what is sorted by size is divided evenly."""
+    """Return this rank's items: every world_size-th, which divides a sorted list evenly."""
     return items[rank() :: world_size()]
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has for `value`, by rank; each of them must ask."""
+    """Return `value` of every process, by rank; each of them must call."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -145,7 +145,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def select_device(name: str, option: str = "train.device") -> torch.device:
-    """The device that `option`'s value means for this process: a GPU each, or the CPU.
+    """Return the device that `option`'s value means for this process: a GPU each, or the CPU.
 
     Raises:
         InputError: it names one device for several processes, or there are more than GPUs.
@@ -170,7 +170,7 @@ def select_device(name: str, option: str = "train.device") -> torch.device:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """The module, its gradients averaged over all processes; itself in a single process.
+    """Average a module's gradients over all processes; a single one returns it as it is.
 
     All start from the weights of process 0.
     """

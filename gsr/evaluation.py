@@ -1,7 +1,6 @@
 """What `evaluate.py` measures with: methods, degradations of LR, means, the report and its checks.
 
-A report is one JSON file that says how its figures came about. Bicubic is measured in the same run,
-so that a mistake in the data or in the protocol shows there.
+Bicubic is measured in the same run, so that a mistake in the data or in the protocol shows there.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Method = Callable[..., Tensor]  # (LR [1, 3, h, w], (H, W), *, scale) to [1, 3, 
 
 
 def method_labels(models: Iterable[str], ensemble: bool = False) -> list[str]:
-    """Labels of what is measured: bicubic, every model and, with `ensemble`, LABEL+.
+    """Return the labels of what is measured: bicubic, models and, with `ensemble`, LABEL+.
 
     Raises InputError for two methods of one label.
     """
@@ -56,28 +55,23 @@ def method_labels(models: Iterable[str], ensemble: bool = False) -> list[str]:
 
 
 def make_methods(models: Mapping[str, GaussianSR], ensemble: bool = False) -> dict[str, Method]:
-    """The methods that `method_labels` names."""
+    """Make the methods that `method_labels` names."""
     methods: dict[str, Method] = {"bicubic": upsample_bicubic}
     for label, model in models.items():
-        methods[label] = functools.partial(upsample, model)
+        methods[label] = functools.partial(run, model)
         if ensemble:
             methods[f"{label}+"] = functools.partial(self_ensemble, methods[label])
     return methods
 
 
-def upsample(model: GaussianSR, lr: Tensor, size: tuple[int, int], *, scale: Any) -> Tensor:
-    """What `model` makes of LR, on LR's device."""
-    return run(model, lr, size, scale=scale)
-
-
 def upsample_bicubic(lr: Tensor, size: tuple[int, int], scale: Any = None) -> Tensor:
-    """MATLAB's bicubic: float [1, 3, h, w] to [1, 3, H, W] of the same dtype, not clamped."""
+    """Upsample float [1, 3, h, w] to [1, 3, H, W] by MATLAB's bicubic, not clamped."""
     array = lr[0].permute(1, 2, 0).numpy()
     return torch.from_numpy(imresize(array, size=size)).permute(2, 0, 1)[None]
 
 
 def self_ensemble(method: Method, lr: Tensor, size: tuple[int, int], *, scale: Any) -> Tensor:
-    """Mean of what `method` makes of the 8 flips and transposes of LR, each turned back.
+    """Return the mean of a method's results for the 8 flips and transposes of LR.
 
     Args:
         method: for a transposed image, the size and a pair of scales (s_y, s_x) come swapped.
@@ -103,7 +97,7 @@ def self_ensemble(method: Method, lr: Tensor, size: tuple[int, int], *, scale: A
 
 @dataclass(frozen=True)
 class Degradation:
-    """What every LR image goes through before a method gets it: Gaussian noise, then JPEG.
+    """Degrade every LR image before a method gets it: Gaussian noise, then JPEG.
 
     Args:
         noise: standard deviation in levels of 255, from 0 to 255; None adds no noise.
@@ -164,7 +158,7 @@ def measure(
     scale: float,
     extra: Mapping[str, Callable[[Tensor, Tensor, int], float]],
 ) -> dict[str, float]:
-    """PSNR of the protocol's colour and of both, SSIM, and the `extra` metrics, by name."""
+    """Return PSNR of the protocol's colour and of both, SSIM and the `extra` metrics."""
     shave = protocol.shave(scale)
     return {
         "psnr": protocol(sr, hr, scale),
@@ -182,7 +176,7 @@ def summarize(
     *,
     measured: Mapping[tuple[float, str, str], tuple[dict[str, float], float]],
 ) -> dict[str, Any]:
-    """The part of a report about one set: means, the metrics of every image, and times.
+    """Return a report's part about one set: means, the metrics of every image, and times.
 
     Args:
         measured: metrics and seconds, by (scale, method, image).
@@ -200,7 +194,10 @@ def summarize(
             results = {image.name: measured[scale, method, image.name] for image in data.images}
             images = {name: metrics for name, (metrics, _) in results.items()}
             methods[method] = {
-                **_means(images),
+                **{
+                    key: _json_number(math.fsum(m[key] for m in images.values()) / len(images))
+                    for key in next(iter(images.values()))
+                },
                 "images": {
                     name: {key: _json_number(value) for key, value in metrics.items()}
                     for name, metrics in images.items()
@@ -210,13 +207,6 @@ def summarize(
         lr = "paired" if scale in data.images[0].lr else "imresize"
         rows.append({"scale": scale, "shave": protocol.shave(scale), "lr": lr, "methods": methods})
     return {"name": data.name, "images": len(data.images), "scales": rows}
-
-
-def _means(images: Mapping[str, dict[str, float]]) -> dict[str, float | None]:
-    return {
-        key: _json_number(math.fsum(metrics[key] for metrics in images.values()) / len(images))
-        for key in next(iter(images.values()))
-    }
 
 
 def _json_number(value: float) -> float | None:
@@ -233,7 +223,7 @@ def describe_protocol(
     ensemble: bool = False,
     extra: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """What the figures of a report mean; `extra`: names of perceptual metrics."""
+    """Say what the figures of a report mean; `extra`: names of perceptual metrics."""
     more: dict[str, Any] = {}
     if str(degradation):
         more["degradation"] = {
@@ -270,12 +260,8 @@ def describe_protocol(
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as text: one block a data set, one row a method, PSNR and SSIM at every scale."""
-    metrics, lines = metrics_of(report), []
-    names = " / ".join(
-        f"PSNR {report['protocol']['psnr']['colour']}" if key == "psnr" else key.upper()
-        for key in metrics
-    )
+    """Return a report as text: a block a data set, a row a method, all metrics at every scale."""
+    metrics, names, lines = metrics_of(report), metric_names(report), []
     for data in report["sets"]:
         methods = list(data["scales"][0]["methods"])
         labels = [f"{data['name']} ({count_images(data)}), {names}", *methods]
@@ -290,12 +276,18 @@ def table(report: dict[str, Any]) -> str:
 
 
 def metrics_of(report: Mapping[str, Any]) -> list[str]:
-    """The metrics that tables show: psnr, ssim, and lpips and dists where they were measured."""
+    """Return the metrics that tables show: psnr, ssim, and lpips and dists if measured."""
     return ["psnr", "ssim", *report["protocol"].get("perceptual", {})]
 
 
+def metric_names(report: Mapping[str, Any], unit: str = "") -> str:
+    """Return `metrics_of` as text: "PSNR Y / SSIM"."""
+    psnr = f"PSNR {report['protocol']['psnr']['colour']}{unit}"
+    return " / ".join([psnr, *(key.upper() for key in metrics_of(report)[1:])])
+
+
 def cell(values: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """Means of a method at a scale as text: "33.68 / 0.9306"."""
+    """Return a method's means at a scale as text: "33.68 / 0.9306"."""
     return " / ".join(
         ("inf" if values[key] is None else f"{values[key]:.2f}")
         if key == "psnr"
@@ -305,17 +297,17 @@ def cell(values: Mapping[str, Any], metrics: Sequence[str]) -> str:
 
 
 def column(row: Mapping[str, Any]) -> str:
-    """A scale as the head of a column: "x3", or "x3*" where LR was made from HR."""
+    """Return a scale as the head of a column: "x3", or "x3*" where LR was made from HR."""
     return f"x{row['scale']:g}" + ("*" if row["lr"] == "imresize" else "")
 
 
 def count_images(data: Mapping[str, Any]) -> str:
-    """ "5 images" of one of a report's sets."""
+    """Return "5 images" for one of a report's sets."""
     return f"{data['images']} image{'s' if data['images'] > 1 else ''}"
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What a table says below itself about its LR."""
+    """Return what a table says below itself about its LR."""
     rows = [row for data in report["sets"] for row in data["scales"]]
     lines = []
     if any(row["lr"] == "imresize" for row in rows):
@@ -345,7 +337,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def label_checkpoints(paths: Sequence[str]) -> dict[str, str]:
-    """The checkpoints by label: the end of the path, as much of it as tells it from the others."""
+    """Return the checkpoints by label: as much of the path's end as tells them apart."""
     parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-max(count, telling(part)) :]) for part in parts]
@@ -355,29 +347,21 @@ def label_checkpoints(paths: Sequence[str]) -> dict[str, str]:
     raise InputError(f"--checkpoint names {twice} twice; name each model once")
 
 
-def output_files(options: Mapping[str, str | None], sets: Sequence[DataSet]) -> dict[str, Path]:
-    """The files to write, by option; InputError unless all can be written, and spare the sets."""
-    files: dict[str, Path] = {}
-    for option, name in options.items():
-        if name is None:
-            continue
-        path = check_path(name)
-        if path.is_dir():
-            raise InputError(f"--{option} {path} is a folder; name the file to write")
-        for other, taken in files.items():
-            if path.resolve() == taken.resolve():
-                raise InputError(f"--{option} and --{other} both name {path}; choose two names")
-        check_spared(option, path, sets)
-        files[option] = path
-    for path in files.values():
-        make_folder(path.parent)
-    return files
+def check_output(file: str, sets: Sequence[DataSet]) -> Path:
+    """Return the report's path; InputError unless it can be written and spares the sets."""
+    path = check_path(file)
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; name the file to write")
+    check_spared("output", path, sets)
+    make_folder(path.parent)
+    return path
 
 
 def save_folders(
     save: str | None, labels: Sequence[str], sets: Sequence[DataSet]
 ) -> dict[tuple[str, str], Path]:
-    """Folders for the results, by (label, set): save/SET, or save/LABEL/SET if there are several.
+    """Return the folders for results by (label, set): save/SET or, of several models,
+    save/LABEL/SET.
 
     Bicubic is not saved. Raises InputError if a folder lies among the images of a set.
     """

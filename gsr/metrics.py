@@ -39,7 +39,7 @@ VGG16_LEAST = 32  # pixels a side: piq runs all of its five halvings
 
 
 def psnr(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
-    """Peak signal-to-noise ratio over all channels, in dB; inf for equal images.
+    """Return the peak signal-to-noise ratio over all channels, in dB; inf for equal images.
 
     Args:
         sr, hr: [..., C, H, W], the same shape, in [0, 1].
@@ -53,7 +53,7 @@ def psnr(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
 
 
 def psnr_y(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
-    """PSNR of the luma difference, LUMA / 256 . (sr - hr), against a peak of 1, in dB.
+    """Return the PSNR of the luma difference, LUMA / 256 . (sr - hr), peak 1, in dB.
 
     With one channel (C = 1) that channel is the luma and is measured as it is. A grey image that
     was read as RGB, as the published protocol reads Set14's `bridge`, has its difference scaled
@@ -71,7 +71,7 @@ def psnr_y(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
 
 
 def luma(image: Tensor) -> Tensor:
-    """Y of YCbCr: [..., 3, H, W] in [0, 1] to [..., 1, H, W] in 16 .. 235.
+    """Convert RGB [..., 3, H, W] in [0, 1] to Y of YCbCr [..., 1, H, W] in 16 .. 235.
 
     One channel counts as luma already and is only scaled, to 0 .. 255.
     """
@@ -81,7 +81,7 @@ def luma(image: Tensor) -> Tensor:
 
 
 def ssim(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
-    """Structural similarity of the luma, at most 1 (equal images).
+    """Return the structural similarity of the luma, at most 1 (equal images).
 
     Gaussian window of 11 x 11 with sigma 1.5, only where it fits into the image, K1 = 0.01,
     K2 = 0.03, L = 255, on Y in 16 .. 235: as is usual in super-resolution. It agrees with
@@ -113,11 +113,11 @@ def ssim(sr: Tensor, hr: Tensor, shave: int = 0) -> float:
 def perceptual(
     name: str, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor, Tensor, int], float]:
-    """LPIPS or DISTS as a function (sr, hr, shave) like `psnr`; 0 for equal images.
+    """Make LPIPS or DISTS: a function (sr, hr, shave) like `psnr`; 0 for equal images.
 
     Both compare features of VGG16 (RGB, float32). The figures of LPIPS are those of its VGG
-    variant: of AlexNet's they are another quantity. DISTS reduces images of more than 256 pixels
-    a side, as published.
+    variant: of AlexNet's they are another quantity. DISTS downsamples images of more than 256
+    pixels a side, as published.
 
     Args:
         name: "lpips" or "dists".
@@ -195,7 +195,7 @@ class Protocol:
     extra: int  # pixels shaved besides the scale
 
     def shave(self, scale: float) -> int:
-        """Pixels left out on each side: scale + extra, a fractional scale rounded up.
+        """Return the pixels left out on each side: scale, rounded up, + extra.
 
         The published protocols only know whole scales; rounding up never measures more border
         than they would.
@@ -203,7 +203,7 @@ class Protocol:
         return math.ceil(scale) + self.extra
 
     def __call__(self, sr: Tensor, hr: Tensor, scale: float) -> float:
-        """PSNR in dB of sr against hr, [..., 3, H, W] in [0, 1], enlarged by scale."""
+        """Return the PSNR in dB of sr against hr, [..., 3, H, W] in [0, 1], upscaled by scale."""
         return self.metric(sr, hr, self.shave(scale))
 
 
@@ -213,7 +213,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (benchmark, div2k)}
 
 
 def as_protocol(protocol: str | Protocol) -> Protocol:
-    """The protocol of a name, or itself; InputError for an unknown name."""
+    """Return the protocol of a name, or itself; InputError for an unknown name."""
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
@@ -221,8 +221,8 @@ def as_protocol(protocol: str | Protocol) -> Protocol:
     return PROTOCOLS[protocol]
 
 
-def _checked(sr: Tensor, hr: Tensor, shave: int, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both images shaved, in float64, or InputError."""
+def _checked(sr: Tensor, hr: Tensor, shave: int, *, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Return both images shaved, in float64, or raise InputError."""
     if sr.shape != hr.shape:
         raise InputError(
             f"images of one size must be compared, not {list(sr.shape)} with {list(hr.shape)}"
@@ -249,7 +249,7 @@ def check_size(size: Sequence[int], shave: int, least: int = SSIM_WINDOW) -> Non
 
 
 def _weighted(image: Tensor) -> Tensor:
-    """LUMA / 256 . RGB: [..., 3, H, W] to [..., 1, H, W]; one channel stays as it is."""
+    """Return LUMA / 256 . RGB: [..., 3, H, W] to [..., 1, H, W]; one channel stays."""
     if image.shape[-3] == 1:
         return image
     weights = image.new_tensor(LUMA)[:, None, None] / 256
@@ -262,7 +262,7 @@ def _decibel(difference: Tensor) -> float:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Gaussian window average: [N, 1, H, W] to [N, 1, H - 10, W - 10]."""
+    """Average over a Gaussian window: [N, 1, H, W] to [N, 1, H - 10, W - 10]."""
     t = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     window = torch.exp(-(t**2) / (2 * SSIM_SIGMA**2))
     window /= window.sum()

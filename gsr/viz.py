@@ -1,7 +1,6 @@
 """Draw what a model makes of an image: its Gaussians as ellipses, their opacity, their classes.
 
-A Gaussian of GaussianSR has a place, a shape and an opacity, so that it can be looked at. `gsr
-inspect` draws those of one crop of an image, all drawings at one zoom, and prints their statistics.
+`gsr inspect` draws those of one crop of an image, all drawings at one zoom, and prints statistics.
 Lengths are LR pixels, pairs are (y, x): the first sigma acts down the rows in every mode,
 `official`'s `sigma_x` included. (Hu et al., AAAI 2025, section 3.)
 """
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsr.describe import called_after, describe_model
 from gsr.device import select_device, set_threads
@@ -91,7 +90,7 @@ class Survey(NamedTuple):
 
 
 def survey(
-    model: GaussianSR, image: np.ndarray, crop: Crop | None = None, *, scale: float = 4.0
+    model: GaussianSR, image: np.ndarray, crop: Crop | None = None, *, zoom: int = 1, scale=4.0
 ) -> Survey:
     """Encode a crop of an image, uint8 [h, w, 3], as it is encoded within the whole image.
 
@@ -99,13 +98,14 @@ def survey(
     only. Runs on the model's device, and leaves its training flags and the random state alone.
 
     Raises:
-        InputError: another kind of image, a crop outside it, a mode without Gaussians, or a model
-            that gives NaN or infinity.
+        InputError: another kind of image, a crop outside it or too large for `zoom`, a mode without
+            Gaussians, or a model that gives NaN or infinity.
     """
-    check_image(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        raise InputError("the image to inspect must be a uint8 array [h, w, 3]")
     crop = crop or middle_crop(image)
-    check_crop(crop, image.shape)
-    head, (h, w) = getattr(model, "head", None), crop.size
+    check_crop(crop, image.shape, zoom)
+    head, (h, w) = model.head, crop.size
     if isinstance(head, OfficialHead):
         around = middle_crop(image)  # all of it: windows share the mean of their Gaussians
     elif isinstance(head, (DirectHead, BankHead)):
@@ -114,11 +114,11 @@ def survey(
         around = Crop(*(slice(max(0, part.start - halo) // step * step, part.stop + halo)
                         for part in crop))  # fmt: skip
     else:
-        mode = f"mode {model.config.mode}" if hasattr(model, "config") else type(model).__name__
         raise InputError(
-            f"{mode} has no Gaussians to draw: inspect a model of mode direct, field or official"
+            f"mode {model.config.mode} has no Gaussians to draw: inspect a model of mode direct, "
+            "field or official"
         )
-    encoded = _encode(model, image[around])
+    encoded = _encode(model, head, image[around])
     y, x = (inner - outer for inner, outer in zip(crop.start, around.start, strict=True))
     own = encoded[..., y : y + h, x : x + w].swapaxes(0, 1).astype(np.float64)  # [7, K, h, w]
     sigma_y, sigma_x, _, _, rho, opacity, label = own
@@ -128,8 +128,9 @@ def survey(
         centre = own[2:4] + np.indices((h, w))[:, None]
         sigma, centre = (pairs.reshape(2, -1).T for pairs in (own[:2], centre))
         labels = head.config.points if isinstance(head, BankHead) else head.gaussians
-        flat = rho.ravel(), opacity.ravel(), label.ravel().astype(int)
-        gaussians = Gaussians(centre, sigma, *flat, labels)
+        gaussians = Gaussians(
+            centre, sigma, rho.ravel(), opacity.ravel(), label.ravel().astype(int), labels
+        )
     functions = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
     named = {"sigma_y": sigma_y, "sigma_x": sigma_x, "rho": rho, "opacity": opacity}
     return Survey(
@@ -140,21 +141,12 @@ def survey(
     )
 
 
-def check_image(image: np.ndarray) -> None:
-    """Raise InputError unless image is uint8 [h, w, 3] and not empty."""
-    good = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
-    if not good or image.shape[2] != 3 or 0 in image.shape:
-        array = isinstance(image, np.ndarray)
-        kind = f"{image.dtype} {list(image.shape)}" if array else type(image).__name__
-        raise InputError(f"the image to inspect must be a uint8 array [h, w, 3], not {kind}")
-
-
-def _encode(model: GaussianSR, image: np.ndarray) -> np.ndarray:
+def _encode(model: GaussianSR, head: DirectHead | BankHead, image: np.ndarray) -> np.ndarray:
     """Return `_fields` of an image, [K, 7, h, w], in the memory of a band of its rows."""
     (h, w), device = image.shape[:2], next(model.parameters()).device
     rows, parts = max(1, BAND_PIXELS // w), []
     with inference(model):
-        stream = model.stream(partial(_fields, model.head))
+        stream = model.stream(partial(_fields, head))
         for start in range(0, h, rows):
             lr = to_tensor(np.ascontiguousarray(image[start : start + rows])).to(device)
             band = stream.feed(Band(start, (lr,)), start + rows >= h)
@@ -163,7 +155,7 @@ def _encode(model: GaussianSR, image: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=-2)
 
 
-def _fields(head: nn.Module, features: Tensor, lr: Tensor) -> Tensor:
+def _fields(head: DirectHead | BankHead, features: Tensor, lr: Tensor) -> Tensor:
     """Turn features [1, C, h, w] into K Gaussians a pixel: [1, K, 7, h, w].
 
     The seven are sigma_y, sigma_x, offset_y, offset_x, rho, opacity and the label: which of the K,
@@ -212,8 +204,8 @@ def _shared(head: OfficialHead, encoded: np.ndarray, crop: Crop, *, scale: float
     label = np.arange(window**2).reshape(window, window)
     centre = np.stack(np.meshgrid(*places, indexing="ij"), -1) - crop.start
     inside = ((centre >= -0.5) & (centre < np.array(crop.size) - 0.5)).all(-1)
-    sigma_y, sigma_x, *flat = (np.tile(v, count)[inside] for v in (*sigma, rho, opacity, label))
-    return Gaussians(centre[inside], np.stack([sigma_y, sigma_x], 1), *flat, window**2)
+    y, x, r, o, c = (np.tile(v, count)[inside] for v in (*sigma, rho, opacity, label))
+    return Gaussians(centre[inside], np.stack([y, x], 1), r, o, c, window**2)
 
 
 # ---- drawings -----------------------------------------------------------------------------------
@@ -224,11 +216,9 @@ def draw_gaussians(
 ) -> np.ndarray:
     """Draw the one-sigma ellipses of a model's Gaussians over an image, uint8 [h, w, 3].
 
-    Returns uint8 [h * zoom, w * zoom, 3]. Raises InputError, see `survey` and `check_crop`.
+    Returns uint8 [h * zoom, w * zoom, 3]. Raises InputError, see `survey`.
     """
-    check_image(image)
-    check_crop(middle_crop(image), image.shape, zoom)
-    return draw_ellipses(survey(model, image, scale=scale).gaussians, image, zoom)
+    return draw_ellipses(survey(model, image, zoom=zoom, scale=scale).gaussians, image, zoom)
 
 
 def draw_ellipses(g: Gaussians, image: np.ndarray, zoom: int) -> np.ndarray:
@@ -291,30 +281,27 @@ def inspect(
     model: GaussianSR, image: np.ndarray, crop: Crop, *, zoom: int = 16, scale: float = 4.0
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the drawings of `gsr inspect`, uint8 by file name, and its report, for JSON."""
-    check_crop(crop, image.shape, zoom)
-    found, head = survey(model, image, crop, scale=scale), model.head
+    found, head = survey(model, image, crop, zoom=zoom, scale=scale), model.head
     low, high = float(found.opacity.min()), float(found.opacity.max())
     grey = np.rint(255 * (found.opacity - low) / max(high - low, 1e-12)).astype(np.uint8)
-    (y, x), (h, w) = crop.start, crop.size
-    captions = {
-        "ellipses.png": "one-sigma contours, the more visible the more opaque",
-        "opacity.png": f"opacity of every LR pixel, black {low:.4g}, white {high:.4g}",
-    }
     drawings = {
         "ellipses.png": draw_ellipses(found.gaussians, image[crop], zoom),
         "opacity.png": upscale_nearest(grey, zoom),
     }
+    captions = {
+        "ellipses.png": "one-sigma contours, the more visible the more opaque",
+        "opacity.png": f"opacity of every LR pixel, black {low:.4g}, white {high:.4g}",
+    }
+    unit = "LR pixels"
     if found.classes is not None:
-        points, used = head.config.points, len(np.unique(found.classes))
-        captions["classes.png"] = f"class of every LR pixel, {used} of the bank's {points} used"
+        points, used = model.config.bank.points, len(np.unique(found.classes))
         drawings["classes.png"] = upscale_nearest(palette(points)[found.classes], zoom)
+        captions["classes.png"] = f"class of every LR pixel, {used} of the bank's {points} used"
     if isinstance(head, OfficialHead):
         captions["ellipses.png"] += f"; the mean Gaussians of all windows, splatted at x{scale:g}"
         hr = 2 * EXTENT / (head.config.kernel_size - 1)
-        unit = f"in units of the kernels' [-5, 5]^2, {hr:.4g} an HR pixel"
-    else:
-        bounds = (head.bank.low, head.bank.high) if hasattr(head, "bank") else head.sigma_range
-        unit = "in LR pixels, bounded by {:.4g} and {:.4g}".format(*bounds)
+        unit = f"units of the kernels' [-5, 5]^2, {hr:.4g} an HR pixel"
+    (y, x), (h, w) = crop.start, crop.size
     return drawings, {
         "mode": model.config.mode,
         "crop": {"x": x, "y": y, "width": w, "height": h},
@@ -371,11 +358,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("image", metavar="IMAGE", help="image file")
     add("-o", "--output", required=True, metavar="FOLDER", help="folder to write to")
     add("--model", metavar="PATH", help="model folder or published .pth file (default: bundled)")
+    # fmt: off
     add("--crop", type=parse_crop, metavar="x,y,w,h",
-        help=f"part to draw, in pixels (default: the {CROP} x {CROP} in the middle)")  # fmt: skip
+        help=f"part to draw, in pixels (default: the {CROP} x {CROP} in the middle)")
     add("--zoom", type=int, default=16, metavar="N", help="how much to upscale it (default: 16)")
     add("--scale", type=float, default=4.0, metavar="S",
-        help="official only: the scale at which it splats (default: 4)")  # fmt: skip
+        help="official only: the scale at which it splats (default: 4)")
+    # fmt: on
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--threads", type=int, metavar="N", help="CPU threads")
     add("-q", "--quiet", action="store_true", help="print nothing")
@@ -413,4 +402,4 @@ def run(args: argparse.Namespace) -> None:
         print("              mean       std       min       max")
         for name, row in report["statistics"].items():
             print(f"{name:8}" + "".join(f"{value:10.4f}" for value in row.values()))
-        print(f"sigma is {report['sigma_unit']}")
+        print(f"sigma is in {report['sigma_unit']}")

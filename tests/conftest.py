@@ -1,4 +1,4 @@
-"""Shared by the tests: a model small enough to run everywhere, and a small picture."""
+"""Shared by the tests: a model small enough to run everywhere, and a small image."""
 
 import numpy as np
 import pytest
@@ -25,11 +25,14 @@ def tiny_model():
 
 
 @pytest.fixture
-def picture():
-    """uint8 [12, 17, 3]: smooth, so that enlargements are comparable, and different in channels."""
+def image():
+    """uint8 [12, 17, 3]: smooth, so that results are comparable, and different in channels."""
     y, x = np.mgrid[0:12, 0:17]
     channels = [120 + 80 * np.sin(x / 3 + k) * np.cos(y / (2 + k)) for k in range(3)]
     return np.stack(channels, -1).round().astype(np.uint8)
+
+
+picture = image  # its former name
 
 
 def pytest_configure(config):

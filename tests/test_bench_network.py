@@ -43,7 +43,7 @@ def in_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [2, 2.5, 3.3, 7])
-def test_published_gives_the_picture_of_official(official, scale):
+def test_published_gives_the_image_of_official(official, scale):
     lr = torch.rand(2, 3, 15, 9, generator=torch.Generator().manual_seed(1))
     size = tuple(round(n * scale) for n in lr.shape[-2:])
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def test_liif_sees_neighbourhood_coordinate_and_cell():
     assert [x.shape[-1] for x in seen] == [9 * 2 + 4] * 4
     for x in seen:
         assert torch.allclose(x[0, 0, -2:], torch.tensor([1.0, 0.5]))  # 2 h / H and 2 w / W
-    # The middle of the picture: between two rows of pixels, on a column of them.
+    # The middle of the image: between two rows of pixels, on a column of them.
     away = torch.stack([x[0, 0, -4:-2] for x in seen])
     assert torch.allclose(away[:, 0].abs(), torch.ones(4), atol=1e-4)
     assert published.liif_mlp()[0].in_features == 580
@@ -144,7 +144,7 @@ def test_a_process_of_its_own():
 # ---- the command --------------------------------------------------------------------------------
 
 
-def test_report_tables_and_picture(tmp_path, in_this_process, capsys):
+def test_report_tables_and_image(tmp_path, in_this_process, capsys):
     path, page = tmp_path / "network.json", tmp_path / "page.md"
     page.write_text("before\n<!-- network -->\nold\n<!-- /network -->\nafter\n")
     main(["network", "--quick", "--output", str(path), "--document", str(page)])

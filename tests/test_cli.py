@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, tiny_model, picture):
+def here(tmp_path, monkeypatch, tiny_model, image):
     """A folder to work in, with photo.png and a model folder."""
     monkeypatch.chdir(tmp_path)
-    write_image("photo.png", picture)
+    write_image("photo.png", image)
     save_model("model", tiny_model)
     return tmp_path
 
@@ -42,9 +42,9 @@ def refused(capsys, *argv, **kwargs):
     return err
 
 
-def test_scale(here, tiny_model, picture, capsys):
+def test_scale(here, tiny_model, image, capsys):
     upscale("-o", "out.png", "--scale", "3.7")
-    expected = gsr.upscale(picture, 3.7, model=tiny_model)
+    expected = gsr.upscale(image, 3.7, model=tiny_model)
     np.testing.assert_array_equal(read_image("out.png"), expected)
     out, err = capsys.readouterr()
     assert out.startswith("out.png: 63 x 44 in ") and err == ""
@@ -62,11 +62,11 @@ def test_quiet(here, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_compare(here, picture):
+def test_compare(here, image):
     upscale("-o", "out.png", "--scale", "4", "--compare", "both.png")
     both, large = read_image("both.png"), read_image("out.png")
     height, width = large.shape[:2]
-    bicubic = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    bicubic = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(both[-height:, -width:], large)
     np.testing.assert_array_equal(both[-height:, :width], bicubic)
     # A label above each half, and the halves do not touch.
@@ -75,15 +75,15 @@ def test_compare(here, picture):
     assert (both[:, width : both.shape[1] - width] == 255).all() and both.shape[1] > 2 * width
 
 
-def test_transparency_survives(here, picture):
-    Image.fromarray(np.dstack([picture, picture[..., 0]])).save("photo.png")
+def test_transparency_survives(here, image):
+    Image.fromarray(np.dstack([image, image[..., 0]])).save("photo.png")
     upscale("-o", "out.png", "--scale", "2", "--compare", "both.jpg")
     assert Image.open("out.png").mode == "RGBA" and Image.open("both.jpg").mode == "RGB"
 
 
-def test_several_photos_into_a_folder(here, picture, capsys):
-    write_image("second.jpg", picture)
-    Image.fromarray(picture).save("third.gif")
+def test_several_images_into_a_folder(here, image, capsys):
+    write_image("second.jpg", image)
+    Image.fromarray(image).save("third.gif")
     argv = ["upscale", "photo.png", "second.jpg", "third.gif", "--model", "model"]
     cli.main([*argv, "-o", "large", "--scale", "2"])
     assert sorted(os.listdir("large")) == ["photo.png", "second.jpg", "third.png"]
@@ -92,17 +92,17 @@ def test_several_photos_into_a_folder(here, picture, capsys):
     assert os.listdir("folder") == ["photo.png"]
     capsys.readouterr()
     for more, sentence in [
-        (["-o", "out.png/x", "--compare", "c.png"], "--compare takes one PHOTO"),
+        (["-o", "out.png/x", "--compare", "c.png"], "--compare takes one IMAGE"),
         (["-o", "."], "would overwrite the input"),
     ]:
         with pytest.raises(SystemExit):
             cli.main([*argv, "--scale", "2", *more])
         assert sentence in capsys.readouterr().err
     os.mkdir("sub")
-    write_image("sub/photo.png", picture)
+    write_image("sub/photo.png", image)
     with pytest.raises(SystemExit):
         cli.main(["upscale", "photo.png", "sub/photo.png", "-o", "large", "--scale", "2"])
-    assert "two photos would be written to" in capsys.readouterr().err
+    assert "two images would be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_refusals(here, capsys, argv, sentence):
     assert sorted(os.listdir()) == ["model", "photo.png"]
 
 
-def test_refusals_of_photo_and_model(here, capsys):
+def test_refusals_of_image_and_model(here, capsys):
     argv = ["-o", "out.png", "--scale", "2"]
     assert "none: there is no such model" in refused(capsys, *argv, model="none")
     Path("photo.png").write_bytes(Path("photo.png").read_bytes()[:100])
@@ -200,7 +200,7 @@ def test_guard(capsys):
         return main
 
     for error, code, text in [
-        (InputError("mend it."), 2, "gsr: error: mend it.\n"),
+        (InputError("fix it."), 2, "gsr: error: fix it.\n"),
         (KeyboardInterrupt(), 130, "gsr: interrupted\n"),
         (SystemExit(5), 5, ""),
     ]:

@@ -106,8 +106,8 @@ def test_one_device_for_all(tmp_path):
     )
 
 
-def test_a_picture_that_one_process_cannot_read(tmp_path):
-    """Each process looks at half of the pictures; the second is the share of the other one."""
+def test_an_image_that_one_process_cannot_read(tmp_path):
+    """Each process looks at half of the images; the second is in the shard of the other one."""
     (tmp_path / "data").mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64)).save(tmp_path / "data" / f"{i}.png")

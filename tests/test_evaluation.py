@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from bench import tables
 from gsr import cli, describe, distributed, evaluation
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.data.benchmarks import open_set, read_pair
@@ -314,13 +315,13 @@ def test_the_same_figures_twice_in_any_set_and_order(measured, tmp_path):
 
 
 def test_report_and_tables_say_how_lr_was_degraded(measured, capsys):
-    files = ["--csv", "e.csv", "--markdown", "e.md"]
-    protocol = measured("--scale", 2, "--noise", 5, "--jpeg", 30, *files)["protocol"]
+    protocol = measured("--scale", 2, "--noise", 5, "--jpeg", 30)["protocol"]
     text = "Gaussian noise of sigma 5 (levels of 255), then JPEG of quality 30 at 4:2:0"
     assert protocol["degradation"]["noise"] == 5 and protocol["degradation"]["jpeg"] == 30
     assert protocol["degradation"]["lr"] == text
     assert f"\nLR degraded: {text}\n" in capsys.readouterr().out
-    assert f"LR degraded: {text}." in Path("e.md").read_text()
+    tables.main(["evaluation.json"])
+    assert f"LR degraded: {text}." in capsys.readouterr().out
     measured("--scale", 2, "--jpeg", 30)
     assert "\nLR degraded: JPEG of quality 30 at 4:2:0\n" in capsys.readouterr().out
     assert "degradation" not in measured("--scale", 2)["protocol"]
@@ -490,11 +491,13 @@ def test_names_that_are_no_utf8(checkpoint, monkeypatch, capsys, tmp_path):
     (tmp_path / name).mkdir()
     write_image(tmp_path / name / f"{name}.png", np.zeros((26, 30, 3), np.uint8))
     options = ["--checkpoint", checkpoint, "--data", name, "--scale", "2", "--noise", "3"]
-    cli.guard(evaluate.main, [*options, "--csv", "e.csv", "--markdown", "e.md"])
+    cli.guard(evaluate.main, options)
     report = json.loads(Path("evaluation.json").read_text())
     assert "B\\udce4ume" in capsys.readouterr().out and report["sets"][0]["name"] == name
     assert list(methods_of(report)["tiny"]["images"]) == [name]
-    assert "B\\udce4ume" in Path("e.csv").read_text() and "B\\udce4ume" in Path("e.md").read_text()
+    for argv in (["evaluation.json"], ["evaluation.json", "--csv"]):
+        cli.guard(tables.main, argv)
+        assert "B\\udce4ume" in capsys.readouterr().out
 
 
 def test_the_table_and_the_report_do_not_lose_each_other(measured, monkeypatch, capsys):
@@ -513,13 +516,15 @@ def test_the_table_and_the_report_do_not_lose_each_other(measured, monkeypatch, 
 
 
 def test_csv_and_markdown(measured, capsys):
-    measured("--scale", 2, 3, "--csv", "new/r.csv", "--markdown", "new/r.md", output="new/r")
-    rows = list(csv.DictReader(open("new/r.csv", newline="")))
+    measured("--scale", 2, 3, output="new/r")
+    assert capsys.readouterr().out.splitlines()[-1] == "report: new/r"
+    tables.main(["new/r", "--csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 2 * 2 * len(NAMES) and rows[-1]["method"] == "tiny"
-    assert "| **tiny** | measured |" in Path("new/r.md").read_text()
-    assert capsys.readouterr().out.splitlines()[-3:] == [
-        "report: new/r", "csv: new/r.csv", "markdown: new/r.md",
-    ]  # fmt: skip
+    tables.main(["new/r"])
+    assert "| **tiny** | measured |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="none must be a report of evaluate.py, but: .*No such"):
+        tables.main(["none"])
 
 
 def test_the_hash_tells_weights_apart():
@@ -568,11 +573,12 @@ def test_images_of_the_sets_are_not_overwritten(measured, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load", never)
         for option, path in [
-            ("--csv", "deep/HR/otter.png"), ("--output", "flat/a/b.PNG"), ("--save", "."),
-            ("--markdown", "flat/spices.png"), ("--save", "flat"), ("--save", "x/../flat"),
+            ("--output", "deep/HR/otter.png"), ("--output", "flat/a/b.PNG"), ("--save", "."),
+            ("--output", "flat/spices.png"), ("--save", "flat"), ("--save", "x/../flat"),
         ]:  # fmt: skip
             with pytest.raises(InputError, match=f"{option} would write .* among the images of"):
-                measured("--data", "deep", "flat", "--scale", "2", option, path)
+                options = ["--output", "r.json", option, path]
+                measured("--data", "deep", "flat", "--scale", "2", *options)
     assert files_below(tmp_path) == before
     # A report may lie beside the images, and results beside HR and LR_bicubic.
     measured("--scale", 2, "--save", ".", data="deep", output="flat/r.json")
@@ -610,7 +616,6 @@ def test_refusals(measured, checkpoint, tmp_path, monkeypatch):
         (["--data", str(tmp_path)], "holds no image"),
         (["--limit", "0"], "--limit"),
         (["--output", str(tmp_path)], "is a folder; name the file to write"),
-        (["--csv", "a", "--markdown", "./a"], "--markdown and --csv both name a"),
         (["--save", f"{checkpoint}/config.json"], "cannot be made"),
         (["--checkpoint", "none"], "none: there is no such model"),
         (["--perceptual", "lpips"], "lpips (--perceptual) needs"),
@@ -693,17 +698,16 @@ def test_two_processes_give_the_report_of_one(measured, checkpoint, tmp_path, ca
     ]
     threads = torch.get_num_threads()
     try:
-        one = measured(*options, "--csv", "one.csv")
+        one = measured(*options)
     finally:
         torch.set_num_threads(threads)
     alone = capsys.readouterr().out
     os.rename("evaluation.json", "one.json")
     options += ["--checkpoint", checkpoint, "--data", str(DATA), "--device", "cpu"]
-    done = ranks(2, tmp_path, *options, "--csv", "two.csv", "--save", "images")
+    done = ranks(2, tmp_path, *options, "--save", "images")
     assert [code for *_, code in done] == [0, 0], done
-    assert done[0][0] == alone.replace("one.", "two.") and done[1][0] == ""
+    assert done[0][0] == alone and done[1][0] == ""
     assert without_seconds(one) == without_seconds(json.loads(Path("evaluation.json").read_text()))
-    assert Path("one.csv").read_bytes() == Path("two.csv").read_bytes()
     assert len(list((tmp_path / "images").rglob("*.png"))) == 2 * 2 * len(NAMES)
 
 

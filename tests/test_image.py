@@ -1,4 +1,4 @@
-"""Picture files: every mode is read as RGB, broken files are refused, writing is atomic."""
+"""Image files: every mode is read as RGB, broken files are refused, writing is atomic."""
 
 import os
 
@@ -19,32 +19,32 @@ def refused(path, read=gi.read_image):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF", ".bmp"])
-def test_lossless_round_trip(tmp_path, picture, suffix):
+def test_lossless_round_trip(tmp_path, image, suffix):
     path = tmp_path / f"a{suffix}"
-    gi.write_image(path, picture)
-    np.testing.assert_array_equal(gi.read_image(path), picture)
+    gi.write_image(path, image)
+    np.testing.assert_array_equal(gi.read_image(path), image)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
-def test_lossy_round_trip(tmp_path, picture, suffix):
+def test_lossy_round_trip(tmp_path, image, suffix):
     path = tmp_path / f"a{suffix}"
-    gi.write_image(path, picture)
+    gi.write_image(path, image)
     assert Image.open(path).format == {".webp": "WEBP"}.get(suffix, "JPEG")
-    error = np.abs(gi.read_image(path).astype(int) - picture)
+    error = np.abs(gi.read_image(path).astype(int) - image)
     # WebP halves the colour resolution; a colour offset or a swapped channel is far larger.
     assert error.mean() < (10 if suffix == ".webp" else 1.5)
 
 
-def test_jpeg_is_quality_95_without_colour_subsampling(tmp_path, picture):
-    gi.write_image(tmp_path / "a.jpg", picture)
+def test_jpeg_is_quality_95_without_colour_subsampling(tmp_path, image):
+    gi.write_image(tmp_path / "a.jpg", image)
     expected = tmp_path / "b.jpg"
-    Image.fromarray(picture).save(expected, quality=95, subsampling=0)
+    Image.fromarray(image).save(expected, quality=95, subsampling=0)
     assert (tmp_path / "a.jpg").read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1", "CMYK", "P", "YCbCr", "HSV"])
-def test_modes_become_rgb(tmp_path, picture, mode):
-    original = Image.fromarray(picture)
+def test_modes_become_rgb(tmp_path, image, mode):
+    original = Image.fromarray(image)
     source = original.quantize(256) if mode == "P" else original.convert(mode)
     if mode in ("HSV", "YCbCr"):  # hardly any file keeps these
         array = np.array(gi.to_rgb(source))
@@ -52,7 +52,7 @@ def test_modes_become_rgb(tmp_path, picture, mode):
         path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
         source.save(path)
         array = gi.read_image(path)
-    assert array.dtype == np.uint8 and array.shape == picture.shape
+    assert array.dtype == np.uint8 and array.shape == image.shape
     if mode in ("L", "LA"):
         grey = np.asarray(original.convert("L"))
         np.testing.assert_array_equal(array, np.stack([grey] * 3, -1))
@@ -60,7 +60,7 @@ def test_modes_become_rgb(tmp_path, picture, mode):
         assert set(np.unique(array)) == {0, 255}
     else:
         tolerance = {"P": 4, "HSV": 8, "YCbCr": 4}.get(mode, 0)
-        assert np.abs(array.astype(int) - picture).max() <= tolerance
+        assert np.abs(array.astype(int) - image).max() <= tolerance
 
 
 def test_palette_with_transparency(tmp_path):
@@ -95,38 +95,38 @@ def test_32_bit_integers_and_floats(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, picture, orientation):
+def test_exif_orientation(tmp_path, image, orientation):
     # Where each orientation's stored pixels come from, written out: (transpose, flip y, flip x).
     stored = {
-        1: picture,
-        2: picture[:, ::-1],
-        3: picture[::-1, ::-1],
-        4: picture[::-1],
-        5: picture.transpose(1, 0, 2),
-        6: picture.transpose(1, 0, 2)[::-1],
-        7: picture[::-1, ::-1].transpose(1, 0, 2),
-        8: picture.transpose(1, 0, 2)[:, ::-1],
+        1: image,
+        2: image[:, ::-1],
+        3: image[::-1, ::-1],
+        4: image[::-1],
+        5: image.transpose(1, 0, 2),
+        6: image.transpose(1, 0, 2)[::-1],
+        7: image[::-1, ::-1].transpose(1, 0, 2),
+        8: image.transpose(1, 0, 2)[:, ::-1],
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(gi.read_image(tmp_path / "a.png"), picture)
+    np.testing.assert_array_equal(gi.read_image(tmp_path / "a.png"), image)
     assert gi.open_image(tmp_path / "a.png").getexif().get(0x0112, 1) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow, of the TIFF cut short
-def test_broken_files_are_refused(tmp_path, picture):
+def test_broken_files_are_refused(tmp_path, image):
     good = tmp_path / "good.jpg"
-    gi.write_image(good, picture.repeat(20, 0).repeat(20, 1))
+    gi.write_image(good, image.repeat(20, 0).repeat(20, 1))
     data = good.read_bytes()
     cases = {
         "empty.png": (b"", "is empty"),
-        "text.png": (b"no picture at all", "is not an image"),
+        "text.png": (b"no image at all", "is not an image"),
         "truncated.jpg": (data[: len(data) // 2], "damaged or truncated"),
         "header.jpg": (data[:20], ""),
     }
     for suffix in (".png", ".webp", ".tif", ".bmp"):
-        gi.write_image(tmp_path / f"x{suffix}", picture.repeat(20, 0).repeat(20, 1))
+        gi.write_image(tmp_path / f"x{suffix}", image.repeat(20, 0).repeat(20, 1))
         whole = (tmp_path / f"x{suffix}").read_bytes()
         cases[f"cut{suffix}"] = (whole[: len(whole) * 2 // 3], "")
     whole = bytearray((tmp_path / "x.png").read_bytes())
@@ -137,7 +137,7 @@ def test_broken_files_are_refused(tmp_path, picture):
         assert sentence in refused(tmp_path / name)
 
 
-def test_paths_that_hold_no_picture(tmp_path):
+def test_paths_that_hold_no_image(tmp_path):
     assert "no such file" in refused(tmp_path / "none.png")
     assert "is a folder" in refused(tmp_path)
     assert "File name too long" in refused(tmp_path / ("x" * 300))
@@ -145,16 +145,16 @@ def test_paths_that_hold_no_picture(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [100, 150])  # Pillow raises beyond twice its limit, warns below
-def test_decompression_bomb(tmp_path, picture, monkeypatch, limit):
-    gi.write_image(tmp_path / "a.png", picture)  # 204 pixels
+def test_decompression_bomb(tmp_path, image, monkeypatch, limit):
+    gi.write_image(tmp_path / "a.png", image)  # 204 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     assert f"more than {limit} pixels" in refused(tmp_path / "a.png")
 
 
-def test_list_images(tmp_path, picture):
+def test_list_images(tmp_path, image):
     for name in ("b.PNG", "sub/a.jpg", "sub/deep/c.webp", ".hidden.png", ".folder/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        gi.write_image(tmp_path / name, picture)
+        gi.write_image(tmp_path / name, image)
     many = [f"many/{i * 7 % 20:02}.png" for i in range(20)]
     for name in many:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -169,8 +169,8 @@ def test_list_images(tmp_path, picture):
     assert "holds no image" in refused(tmp_path / "folder.png", gi.list_images)
 
 
-def test_writing_is_refused(tmp_path, picture):
-    def refused_to_write(path, array=picture):
+def test_writing_is_refused(tmp_path, image):
+    def refused_to_write(path, array=image):
         return refused(path, lambda path: gi.write_image(path, array))
 
     assert ".png, .jpg" in refused_to_write(tmp_path / "a.gif")
@@ -178,7 +178,7 @@ def test_writing_is_refused(tmp_path, picture):
     assert "create it" in refused_to_write(tmp_path / "none" / "a.png")
     (tmp_path / "folder.png").mkdir()
     assert "is a folder" in refused_to_write(tmp_path / "folder.png")
-    assert "float32" in refused_to_write(tmp_path / "a.png", picture.astype(np.float32))
+    assert "float32" in refused_to_write(tmp_path / "a.png", image.astype(np.float32))
     assert "[2, 2, 2]" in refused_to_write(tmp_path / "a.png", np.zeros((2, 2, 2), np.uint8))
     # A JPEG cannot be wider than 65,500 pixels.
     assert "at most 65500 pixels a side, not 65501 x 1; choose another suffix" in refused_to_write(
@@ -191,7 +191,7 @@ def test_writing_is_refused(tmp_path, picture):
     assert sorted(os.listdir(tmp_path)) == ["folder.png"]
 
 
-def test_writing_is_atomic(tmp_path, picture, monkeypatch):
+def test_writing_is_atomic(tmp_path, image, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
 
@@ -201,10 +201,10 @@ def test_writing_is_atomic(tmp_path, picture, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        assert "No space left" in refused(path, lambda path: gi.write_image(path, picture))
+        assert "No space left" in refused(path, lambda path: gi.write_image(path, image))
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a.png"]
-    gi.write_image(path, picture)
-    np.testing.assert_array_equal(gi.read_image(path), picture)
+    gi.write_image(path, image)
+    np.testing.assert_array_equal(gi.read_image(path), image)
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
@@ -219,10 +219,10 @@ def test_limits_of_formats_are_the_encoders_own(tmp_path):
                 Image.new("RGB", size).save(tmp_path / f"direct-{name}")
 
 
-def test_names_as_long_as_they_may_be(tmp_path, picture):
+def test_names_as_long_as_they_may_be(tmp_path, image):
     for name in ("x" * 251 + ".png", "\N{GRINNING FACE}" * 62 + ".png"):
-        gi.write_image(tmp_path / name, picture)
-        np.testing.assert_array_equal(gi.read_image(tmp_path / name), picture)
+        gi.write_image(tmp_path / name, image)
+        np.testing.assert_array_equal(gi.read_image(tmp_path / name), image)
 
 
 def test_data_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -238,8 +238,8 @@ def test_data_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
     assert steps == [5, "replace"]
 
 
-def test_save_image_keeps_profile_and_lays_alpha_on_white(tmp_path, picture):
-    rgba = Image.fromarray(picture).convert("RGBA")
+def test_save_image_keeps_profile_and_lays_alpha_on_white(tmp_path, image):
+    rgba = Image.fromarray(image).convert("RGBA")
     rgba.putalpha(0)
     rgba.info["icc_profile"] = b"a profile"
     for suffix in (".jpg", ".bmp"):
@@ -249,15 +249,15 @@ def test_save_image_keeps_profile_and_lays_alpha_on_white(tmp_path, picture):
     gi.save_image(tmp_path / "a.png", rgba)
     back = gi.open_image(tmp_path / "a.png")
     assert back.mode == "RGBA" and back.info["icc_profile"] == b"a profile"
-    np.testing.assert_array_equal(np.asarray(back)[..., :3], picture)
+    np.testing.assert_array_equal(np.asarray(back)[..., :3], image)
 
 
-def test_tensors(picture):
-    tensor = gi.to_tensor(picture)
+def test_tensors(image):
+    tensor = gi.to_tensor(image)
     assert tensor.shape == (1, 3, 12, 17) and tensor.dtype == torch.float32
-    assert tensor[0, 2, 3, 4] == picture[3, 4, 2] / np.float32(255)
-    np.testing.assert_array_equal(gi.to_uint8(tensor), picture)
-    np.testing.assert_array_equal(gi.to_uint8(tensor[0].double()), picture)
+    assert tensor[0, 2, 3, 4] == image[3, 4, 2] / np.float32(255)
+    np.testing.assert_array_equal(gi.to_uint8(tensor), image)
+    np.testing.assert_array_equal(gi.to_uint8(tensor[0].double()), image)
     values = torch.tensor([-1.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 2.0])
     levels = gi.to_uint8(values.expand(1, 3, 1, 5))
     assert levels[0, :, 0].tolist() == [0, 0, 1, 255, 255] and levels.dtype == np.uint8

@@ -13,7 +13,7 @@ from gsr.errors import InputError
 from gsr.metrics import PROTOCOLS, benchmark, div2k, luma, perceptual, psnr, psnr_y, ssim
 
 
-def pictures(channels=3, size=(20, 24)):
+def images(channels=3, size=(20, 24)):
     generator = torch.Generator().manual_seed(0)
     hr = torch.rand(1, channels, *size, generator=generator)
     return (hr + 0.1 * torch.randn(hr.shape, generator=generator)).clamp(0, 1), hr
@@ -37,7 +37,7 @@ def test_psnr_y_weighs_the_channels(channel, weight):
 
 
 def test_grey_read_as_rgb_counts_more_than_one_channel():
-    sr, hr = pictures(channels=1)
+    sr, hr = images(channels=1)
     assert psnr_y(sr, hr) == psnr(sr, hr)
     as_rgb = psnr_y(sr.expand(-1, 3, -1, -1), hr.expand(-1, 3, -1, -1))
     assert as_rgb - psnr_y(sr, hr) == pytest.approx(1.3219, abs=1e-4)  # -20 log10(219.859 / 256)
@@ -45,7 +45,7 @@ def test_grey_read_as_rgb_counts_more_than_one_channel():
 
 @pytest.mark.parametrize("metric", [psnr, psnr_y, ssim])
 def test_shave_leaves_the_border_out(metric):
-    sr, hr = pictures()
+    sr, hr = images()
     inside = (..., slice(3, -3), slice(3, -3))
     assert metric(sr, hr, 3) == metric(sr[inside], hr[inside])
     assert metric(sr, hr, 3) != metric(sr, hr)
@@ -62,7 +62,7 @@ def test_luma_range():
 def test_ssim_equals_scikit_image():
     # structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     # data_range=255) of scikit-image 0.26 gives 0.9621484049154313 for these. On four enlarged
-    # benchmark pictures the two agreed to 1e-15.
+    # benchmark images the two agreed to 1e-15.
     y, x = np.mgrid[0:20, 0:24]
     a = (y * 7 + x * 5) % 256.0
     b = (y * 7 + x * 5 + (y * x) % 13) % 256.0
@@ -72,7 +72,7 @@ def test_ssim_equals_scikit_image():
 
 
 def test_ssim_is_of_luma():
-    sr, hr = (p.double() for p in pictures())
+    sr, hr = (p.double() for p in images())
     assert ssim(sr, hr) == pytest.approx(ssim(luma(sr) / 255, luma(hr) / 255), abs=1e-12)
     assert ssim(sr, hr) != pytest.approx(ssim(sr[:, 1:2], hr[:, 1:2]), abs=1e-3)
 
@@ -81,7 +81,7 @@ def test_protocols():
     assert PROTOCOLS == {"benchmark": benchmark, "div2k": div2k}
     assert [benchmark.shave(s) for s in (2, 3.7, 4)] == [2, 4, 4]
     assert [div2k.shave(s) for s in (2, 3.7, 4)] == [8, 10, 10]
-    sr, hr = pictures(size=(40, 42))
+    sr, hr = images(size=(40, 42))
     assert benchmark(sr, hr, 3) == psnr_y(sr, hr, 3)
     assert div2k(sr, hr, 3) == psnr(sr, hr, 9)
 
@@ -103,7 +103,7 @@ def test_refuses(metric, shape, other, shave, part):
     assert part in str(error.value)
 
 
-def test_refuses_bytes_and_small_pictures():
+def test_refuses_bytes_and_small_images():
     with pytest.raises(InputError, match="divide by 255"):
         psnr(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8))
     with pytest.raises(InputError, match="11 x 11"):
@@ -138,7 +138,7 @@ def piq(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name, factor", [("lpips", 1), ("dists", 2)])
 def test_perceptual_gives_shaved_rgb_to_the_network(piq, name, factor):
-    sr, hr = pictures(size=(40, 44))
+    sr, hr = images(size=(40, 44))
     measured = perceptual(name)(sr, hr, 3)
     (x, y), inside = piq.seen[0], (..., slice(3, -3), slice(3, -3))
     assert torch.equal(x, sr[inside]) and torch.equal(y, hr[inside])

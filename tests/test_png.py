@@ -13,7 +13,7 @@ from gsr.io.png import COLOURS, _paeth, png_writer
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-def picture(h, w, channels, seed=0):
+def pixels(h, w, channels, seed=0):
     """Noise above, a smooth half below: rows that want different filters."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (h, w, channels))
@@ -26,7 +26,7 @@ def picture(h, w, channels, seed=0):
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (37, 53), (64, 300)])
 @pytest.mark.parametrize("step", [1, 10, 1000])
 def test_pillow_reads_the_same_pixels(tmp_path, channels, size, step):
-    array = picture(*size, channels)
+    array = pixels(*size, channels)
     with png_writer(tmp_path / "a.png", size, channels) as write:
         for row in range(0, size[0], step):
             write(array[row : row + step])
@@ -35,8 +35,8 @@ def test_pillow_reads_the_same_pixels(tmp_path, channels, size, step):
         assert np.array_equal(np.asarray(image).reshape(array.shape), array)
 
 
-def test_smooth_pictures_are_packed_as_pillow_packs_them(tmp_path):
-    array = picture(300, 400, 3)[100:]
+def test_smooth_images_are_packed_as_pillow_packs_them(tmp_path):
+    array = pixels(300, 400, 3)[100:]
     with png_writer(tmp_path / "a.png", (200, 400), 3) as write:
         write(array)
     buffer = io.BytesIO()

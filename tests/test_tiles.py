@@ -211,7 +211,7 @@ def test_refusals(photos, tmp_path):
 
 def test_a_worker_that_is_killed():
     with pytest.raises(InputError, match="fewer --workers"):
-        list(tiles._map(os._exit, [(9,)] * 2, 2, False, ""))
+        list(tiles._map(os._exit, [(9,)] * 2, workers=2, progress=False, label=""))
 
 
 def test_tiles_are_trained_on(photos, tmp_path):
@@ -251,7 +251,7 @@ def test_command(photos, tmp_path, capsys):
 def test_help(capsys):
     for argv, words in (
         (["data", "--help"], ["gsr data download benchmark", "gsr data prepare", "data.train="]),
-        (["data", "download", "--help"], ["--url", "--no-checksum", "academic research"]),
+        (["data", "download", "--help"], ["--url", "--only", "academic research"]),
         (["data", "prepare", "--help"], ["--crop", "--check", "data.val"]),
         (["--help"], ["gsr data --help"]),
     ):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from gsr import cli, viz
 from gsr.config import BankConfig, DecoderConfig, DirectConfig, EncoderConfig, ModelConfig
@@ -245,16 +244,18 @@ def test_a_model_in_training_stays_as_it_is(mode, image):
 
 def test_functions_refuse_what_cannot_be_drawn(image):
     model = random_model("direct")
-    for wrong in (image / 255.0, image[..., 0], image[:0], None):
+    for wrong in (image / 255.0, image[..., 0], image[..., None], None):
         with pytest.raises(InputError, match=r"uint8 array \[h, w, 3\]"):
             viz.draw_gaussians(model, wrong)
+    with pytest.raises(InputError, match="no part of the image's 17 x 0 pixels"):
+        viz.draw_gaussians(model, image[:0])
     with pytest.raises(InputError, match="zoom"):
         viz.draw_gaussians(model, image, 0)
     for side, zoom in ((600, 1), (500, 9)):
         with pytest.raises(InputError, match="too many to draw"):
             viz.draw_gaussians(model, np.zeros((side, side, 3), np.uint8), zoom)
-    with pytest.raises(InputError, match="Identity has no Gaussians to draw"):
-        viz.draw_gaussians(nn.Identity(), image)
+    with pytest.raises(InputError, match="mode liif has no Gaussians to draw"):
+        viz.draw_gaussians(random_model("liif"), image)
 
 
 # ---- the command --------------------------------------------------------------------------------

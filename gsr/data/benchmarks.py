@@ -105,7 +105,7 @@ def open_sets(
     *,
     option: str = "data",
 ) -> list[DataSet]:
-    """`open_set` for each of the folders that an option names; InputError for two of one name."""
+    """Open each of the folders that an option names; InputError for two of one name."""
     sets = [open_set(folder, scales, limit) for folder in folders]
     names = [data.name for data in sets]
     for name in names:
@@ -140,7 +140,7 @@ def _by_name(paths: list[Path], folder: Path) -> dict[str, Path]:
 
 
 def check_scales(scales: Sequence[float]) -> list[float]:
-    """Each scale once, as an int where it is whole, so that files and reports say x2, not x2.0."""
+    """Return each scale once, an int where it is whole: files and reports say x2, not x2.0."""
     for scale in scales:
         if not 1 <= scale <= MAX_SCALE:  # NaN is not either
             raise InputError(f"scale (--scale) must be from 1 to {MAX_SCALE}, not {scale}")
@@ -150,7 +150,7 @@ def check_scales(scales: Sequence[float]) -> list[float]:
 
 
 def read_pair(image: ImageFiles, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """LR [h, w, 3] and HR [round(h s), round(w s), 3], uint8, of an image at a scale s.
+    """Read LR [h, w, 3] and HR [round(h s), round(w s), 3], uint8, of an image at a scale s.
 
     The LR file if there is one, else HR cropped and downsampled by `imresize`; either way HR loses
     what LR does not cover, at the bottom and on the right.
@@ -201,7 +201,7 @@ def named_image(image: ImageFiles, scale: float) -> Iterator[None]:
 
 
 def _header_size(path: Path) -> tuple[int, int]:
-    """(H, W) by a file's header; InputError as `read_image` raises it."""
+    """Read (H, W) from a file's header; InputError as `read_image` raises it."""
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
@@ -211,19 +211,19 @@ def _header_size(path: Path) -> tuple[int, int]:
 
 
 def _fits(hr_size: Sequence[int], lr_size: Sequence[int], scale: float) -> bool:
-    """Whether LR has the size of HR downsampled, rounded down."""
+    """Return whether LR has the size of HR downsampled, rounded down."""
     # The slack is for scales that binary cannot express.
     return all(-1e-6 < hr_size[axis] - lr_size[axis] * scale < scale for axis in (0, 1))
 
 
 def _lr_size(image: ImageFiles, hr_shape: Sequence[int], scale: float) -> tuple[int, int]:
-    size = tuple(math.floor(n / scale + 1e-9) for n in hr_shape[:2])
-    if 0 in size:
+    h, w = (math.floor(n / scale + 1e-9) for n in hr_shape[:2])
+    if not (h and w):
         raise InputError(
             f"{image.hr} has {hr_shape[1]} x {hr_shape[0]} pixels, too few for scale {scale}; "
             "remove it"
         )
-    return size
+    return h, w
 
 
 def _crop(hr: np.ndarray, lr_shape: Sequence[int], scale: float) -> np.ndarray:

@@ -37,8 +37,8 @@ Whatever ends a download, running the same command again resumes it; what is com
 archive that was brought into the folder by hand is verified and unpacked like one that was
 downloaded, and stays.
 
-DIV2K's sizes and SHA-256 are those that TensorFlow Datasets publishes, the MD5 of Flickr2K and
-benchmark those of torchSR.
+Every archive must have the published checksum: DIV2K's SHA-256 are those of TensorFlow Datasets,
+the MD5 of Flickr2K and benchmark those of torchSR. Any other archive can be unpacked by hand.
 
 The images belong to their owners. DIV2K's page allows academic research only; Flickr2K comes
 without terms.
@@ -81,13 +81,7 @@ def add_data_parser(subparsers: Any) -> None:
         "--only", nargs="+", default=(), metavar="NAME",
         help="only some archives, such as DIV2K_valid_HR",
     )  # fmt: skip
-    down.add_argument(
-        "--url", help="a mirror: the folder that holds the archives, or the URL of the one archive"
-    )
-    down.add_argument(
-        "--no-checksum", action="store_true", help="take an archive that is not the published one"
-    )
-    down.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
+    down.add_argument("--url", help="a mirror: the URL of the folder that holds the archives")
     down.add_argument("-q", "--quiet", action="store_true", help="print nothing")
 
     cut = commands.add_parser(
@@ -125,10 +119,7 @@ def add_data_parser(subparsers: Any) -> None:
 
 def _download(args: argparse.Namespace) -> None:
     say = (lambda text: None) if args.quiet else print
-    download(
-        args.set, args.output, args.url, args.only, not args.no_checksum, args.keep,
-        not args.quiet, say,
-    )  # fmt: skip
+    download(args.set, args.output, url=args.url, only=args.only, progress=not args.quiet, say=say)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -144,9 +135,9 @@ def _prepare(args: argparse.Namespace) -> None:
     tiling = Tiling(args.crop, args.step, args.min_side, args.format)
     workers = _cores() if args.workers is None else args.workers
     if args.check:
-        report = check(args.source, tiling, workers, progress=not args.quiet)
+        report = check(args.source, tiling, workers=workers, progress=not args.quiet)
     else:
-        report = prepare(args.source, args.output, tiling, workers, progress=not args.quiet)
+        report = prepare(args.source, args.output, tiling, workers=workers, progress=not args.quiet)
     if args.report is not None:
         write_atomic(args.report, as_json(report))
     if not args.quiet:

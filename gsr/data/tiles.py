@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut; lengths in pixels."""
+    """Settings of the cut; lengths in pixels."""
 
     crop: int = 480  # side of a tile
     step: int = 240  # from one tile to the next
@@ -74,6 +74,7 @@ def tile_boxes(stem: Path, height: int, width: int, tiling: Tiling) -> dict[Path
 def check(
     source: str | os.PathLike,
     tiling: Tiling | None = None,
+    *,
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def check(
     paths = list_images(source)
     jobs = [(path, tiling.min_side) for path in paths]
     images, refused, duplicates, by_content = {}, [], [], {}
-    results = _map(_inspect, jobs, workers, progress, "checking")
+    results = _map(_inspect, jobs, workers=workers, progress=progress, label="checking")
     for path, (content, facts) in zip(paths, results, strict=True):
         name = path.relative_to(source).as_posix()
         if content is None:
@@ -111,6 +112,7 @@ def prepare(
     source: str | os.PathLike,
     output: str | os.PathLike,
     tiling: Tiling | None = None,
+    *,
     workers: int = 1,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -132,7 +134,10 @@ def prepare(
         raise InputError(
             f"{output} and {source} must not lie in one another; choose another output folder"
         )
-    report = {"settings": asdict(tiling), **check(source, tiling, workers, progress)}
+    report = {
+        "settings": asdict(tiling),
+        **check(source, tiling, workers=workers, progress=progress),
+    }
     if not report["images"]:
         raise InputError(
             f"{source} holds no image that can be used: {report['refused'][0]['reason']}"
@@ -157,7 +162,7 @@ def prepare(
         for folder in {output, *(target.parent for target in image_of)}:
             make_folder(folder)
             remove_left_over(folder)
-        done = list(_map(_cut, jobs, workers, progress, "cutting"))
+        done = list(_map(_cut, jobs, workers=workers, progress=progress, label="cutting"))
         written = sum(count for count, _ in done)
         report["tiles"] = {
             "count": len(image_of),
@@ -254,7 +259,7 @@ def _refuse_foreign(output: Path, tiles: Iterable[Path]) -> None:
 
 
 def _map(
-    function: Callable[..., Any], jobs: Sequence[tuple], workers: int, progress: bool, label: str
+    function: Callable[..., Any], jobs: Sequence[tuple], *, workers: int, progress: bool, label: str
 ) -> Iterator[Any]:
     """Yield function(*job) of every job, in order, from so many processes (1: from this one)."""
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Picture files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
+"""Image files in and out: any mode that Pillow reads becomes RGB bytes, and nothing half-written.
 
 Images inside the library are either uint8 arrays [H, W, 3] or float32 tensors [1, 3, H, W] in
 [0, 1]; this module is the only one that knows about files, modes and orientation.
@@ -10,17 +10,18 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from gsr.errors import InputError
-from gsr.io.paths import check_path, check_takes_files
+from gsr.io.paths import StrPath, check_path, check_takes_files
 
 # What is read when a folder is searched, and how each suffix is written.
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
@@ -35,11 +36,12 @@ WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; the other formats have no limit in practice
 TEMPORARY = ".gsr-tmp"  # how the files end that write_atomic has not renamed yet
+Pixels = NDArray[np.uint8]
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, fully decoded, turned the way up that its EXIF orientation says.
+def open_image(path: StrPath) -> Image.Image:
+    """Decode the image in a file, turned the way up that its EXIF orientation says.
 
     Returns a Pillow image in the file's own mode, closed to the file; of an animation the first
     frame. Raises InputError if there is no such file, it is no image, it is cut short or
@@ -54,7 +56,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit. Both count as a refusal here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            image = Image.open(path)
+            with image:
                 if path.stat().st_size == 0:  # a plugin without magic bytes might take it
                     raise Image.UnidentifiedImageError
                 image.load()
@@ -75,12 +78,13 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise InputError(f"{path} does not fit in memory ({type(error).__name__})") from None
 
 
-def lossy_compression(path: str | os.PathLike) -> str | None:
+def lossy_compression(path: StrPath) -> str | None:
     """Name the lossy compression of an image file, such as "JPEG"; None if it lost nothing.
 
     Told from the file's header. Formats that have both kinds count by what this file has.
     """
-    with Image.open(path) as image:
+    image = Image.open(path)
+    with image:
         kind, compression = image.format, str(image.info.get("compression"))
     if kind in ("JPEG", "MPO"):
         return "JPEG"
@@ -93,8 +97,8 @@ def lossy_compression(path: str | os.PathLike) -> str | None:
     return None
 
 
-def _webp_is_lossy(path: str | os.PathLike) -> bool:
-    """Whether any frame of a WebP file is VP8; VP8L is lossless."""
+def _webp_is_lossy(path: StrPath) -> bool:
+    """Return whether any frame of a WebP file is VP8; VP8L is lossless."""
     with open(path, "rb") as file:
         file.seek(12)
         while len(header := file.read(8)) == 8:
@@ -108,7 +112,7 @@ def _webp_is_lossy(path: str | os.PathLike) -> bool:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy of a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
+    """Copy a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data says nothing about orientation, and the pixels are fine
@@ -116,12 +120,12 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether a Pillow image carries transparency, as a channel or as a palette entry."""
+    """Return whether a Pillow image has transparency, as a channel or a palette entry."""
     return image.mode in _TRANSPARENT or "transparency" in image.info
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A Pillow image without its transparency, laid on white: L or RGB, if it had any."""
+    """Lay a Pillow image on white: L or RGB, if it had any transparency."""
     if not has_alpha(image):
         return image
     white = Image.new("RGBA", image.size, "white")
@@ -130,7 +134,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB, 8 bits a channel; alpha is dropped, not composited.
+    """Convert any Pillow mode to RGB, 8 bits a channel; alpha is dropped, not composited.
 
     16-bit grey (I;16 and its kin, or I from a 16-bit PNG) keeps its top 8 bits, rounded; a float
     image (F) must hold [0, 1] or [0, 255] and InputError is raised otherwise.
@@ -140,14 +144,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float64)
-        return _grey((values * (255 / 65535)).round())
+        return _grey(values * (255 / 65535))
     if mode == "I":
         values = np.asarray(image).astype(np.float64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise InputError(
                 "a 32-bit integer image must hold values in 0..65535; save it as 8 or 16 bits"
             )
-        return _grey((values * (255 / 65535)).round())
+        return _grey(values * (255 / 65535))
     if mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
@@ -155,19 +159,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 "a floating-point image must hold finite values in [0, 1] or [0, 255]; "
                 "save it as 8 or 16 bits"
             )
-        return _grey((values * (255 if values.max() <= 1 else 1)).round())
+        return _grey(values * (255 if values.max() <= 1 else 1))
     if "transparency" in image.info and mode in ("P", "L", "1", "RGB"):
         # Through RGBA, or Pillow would warn that the transparency is lost.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
-def _grey(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+def _grey(values: NDArray[np.float64]) -> Image.Image:
+    """Round levels of 255 to an RGB image."""
+    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """The image in a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
+def read_image(path: StrPath) -> Pixels:
+    """Read a file as RGB: uint8 [H, W, 3]. Raises InputError, as `open_image` does."""
     image = open_image(path)
     try:
         return np.array(to_rgb(image))
@@ -175,8 +180,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise InputError(f"{path}: {error}") from None
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Every image under a folder, in all its subfolders, sorted by path, hidden files left out.
+def list_images(folder: StrPath) -> list[Path]:
+    """Find all images below a folder, sorted by path, hidden files left out.
 
     Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
     is a file, or holds no image.
@@ -200,7 +205,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def check_format(path: str | os.PathLike, size: tuple[int, int]) -> None:
+def check_format(path: StrPath, size: tuple[int, int]) -> None:
     """Raise InputError if no image of `size` (width, height) can be written under that suffix."""
     kind, _ = _format(Path(path))
     if max(size) > MAX_SIDE.get(kind, max(size)):
@@ -210,7 +215,7 @@ def check_format(path: str | os.PathLike, size: tuple[int, int]) -> None:
         )
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: StrPath) -> None:
     """Raise InputError, before anything is computed, if `write_image(path, ...)` could not work.
 
     Checks the suffix, that the folder exists and takes new files, and that path is no folder.
@@ -224,7 +229,7 @@ def check_writable(path: str | os.PathLike) -> None:
     check_takes_files(path.parent)
 
 
-def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
+def write_image(path: StrPath, array: Pixels) -> None:
     """Write uint8 [H, W, 3] (or [H, W]) to a file, in the format that its suffix says.
 
     png, jpg (quality 95, 4:4:4), webp (quality 95), tiff or bmp. The file appears whole or not at
@@ -240,8 +245,8 @@ def write_image(path: str | os.PathLike, array: np.ndarray) -> None:
     save_image(path, Image.fromarray(np.ascontiguousarray(array)))
 
 
-def save_image(path: str | os.PathLike, image: Image.Image) -> None:
-    """`write_image` for a Pillow image of mode L, LA, RGB or RGBA; keeps its ICC profile.
+def save_image(path: StrPath, image: Image.Image) -> None:
+    """Write a Pillow image of mode L, LA, RGB or RGBA as `write_image` does, with its profile.
 
     JPEG and BMP cannot hold transparency: the image is laid on white there.
     """
@@ -265,7 +270,7 @@ def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+def write_atomic(path: StrPath, data: bytes | memoryview) -> None:
     """Put bytes into a file so that a reader, or a crash, sees the old file or the whole new one.
 
     Raises InputError if the operating system refuses.
@@ -275,8 +280,8 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the name `path` at the end; if anything fails it is gone.
+def atomic_file(path: StrPath) -> Generator[BinaryIO]:
+    """Open a file that takes the name `path` at the end, and is removed if anything fails.
 
     Raises InputError if the operating system refuses.
     """
@@ -300,7 +305,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.unlink(temporary)
 
 
-def remove_left_over(folder: str | os.PathLike) -> None:
+def remove_left_over(folder: StrPath) -> None:
     """Remove the temporary files that `write_atomic` left in a folder when it was killed."""
     for path in Path(folder).glob(f".*{TEMPORARY}"):
         if path.is_file():
@@ -316,14 +321,14 @@ def _format(path: Path) -> tuple[str, dict[str, Any]]:
         ) from None
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W, 3] to float32 [1, 3, H, W] in [0, 1]."""
+def to_tensor(array: Pixels) -> torch.Tensor:
+    """Convert uint8 [H, W, 3] to float32 [1, 3, H, W] in [0, 1]."""
     # torch.tensor copies: Pillow's arrays are read-only, and tensors must not be.
     return torch.tensor(array).permute(2, 0, 1)[None].contiguous().float().div_(255)
 
 
-def to_uint8(tensor: torch.Tensor) -> np.ndarray:
-    """float [1, 3, H, W] (or [3, H, W]), clamped to [0, 1] and rounded, to uint8 [H, W, 3]."""
+def to_uint8(tensor: torch.Tensor) -> Pixels:
+    """Clamp float [1, 3, H, W] or [3, H, W] to [0, 1] and round it to uint8 [H, W, 3]."""
     if tensor.ndim == 4:
         tensor = tensor.squeeze(0)
     levels = tensor.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gsr.errors import InputError
 
+StrPath = str | os.PathLike[str]
 
-def check_path(path: str | os.PathLike) -> Path:
-    """The path, whether or not anything is there; its `exists` and `is_dir` do not raise then.
+
+def check_path(path: StrPath) -> Path:
+    """Return the path, there or not; its `exists` and `is_dir` do not raise then.
 
     Raises InputError if the operating system refuses it: a name that is too long, a folder on the
     way that may not be searched, a NUL character.
@@ -30,7 +32,7 @@ def check_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def make_folder(folder: str | os.PathLike) -> Path:
+def make_folder(folder: StrPath) -> Path:
     """Make a folder, and those above it, unless it is there; InputError if it takes no files."""
     folder = check_path(folder)
     try:
@@ -55,12 +57,12 @@ def check_takes_files(folder: Path) -> None:
 
 
 def as_text(text: str) -> bytes:
-    """UTF-8. What is none in it, which names of files can be, is spelled as an escape."""
+    """Encode as UTF-8; what is none, as names of files can be, becomes an escape."""
     return text.encode(errors="backslashreplace")
 
 
 def as_json(report: Any) -> bytes:
-    """A JSON file, as `as_text`; a reader gets the names back that are no UTF-8."""
+    """Encode as JSON, see `as_text`; a reader gets names that are no UTF-8 back."""
     return as_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -68,7 +70,7 @@ _held: list[int] = []  # handles of the folders that are held
 
 
 @contextmanager
-def lock_folder(folder: Path, refusal: str) -> Iterator[None]:
+def lock_folder(folder: Path, refusal: str) -> Generator[None]:
     """Hold a folder against other runs, where the system has such locks; a kill releases it.
 
     Raises InputError with the sentence `refusal` if another run holds it.
@@ -94,11 +96,11 @@ def lock_folder(folder: Path, refusal: str) -> Iterator[None]:
             os.close(handle)
 
 
-def _let_go() -> None:
+def _release() -> None:
     while _held:
         os.close(_held.pop())
 
 
 if hasattr(os, "register_at_fork"):
     # A forked process has the handle too, and might hold the folder for longer than a killed run.
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release)

@@ -6,24 +6,25 @@ Pillow encodes images that it holds; this is the one format whose files can be a
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gsr.io.image import atomic_file
+from gsr.io.image import Pixels, atomic_file
+from gsr.io.paths import StrPath
 
 COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and alpha, RGB, RGBA
 
 
 @contextmanager
 def png_writer(
-    path: str | os.PathLike, size: tuple[int, int], channels: int, icc: bytes | None = None
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """A context with a function that takes the next rows of an image, uint8 [n, W, channels].
+    path: StrPath, size: tuple[int, int], channels: int, icc: bytes | None = None
+) -> Generator[Callable[[Pixels], None]]:
+    """Yield a function that takes the next rows of an image, uint8 [n, W, channels].
 
     The file appears when the context is left, whole, or not at all.
 
@@ -49,10 +50,10 @@ def png_writer(
             file.write(struct.pack(">I", len(data)) + name + data)
             file.write(struct.pack(">I", zlib.crc32(name + data)))
 
-        def write(rows: np.ndarray) -> None:
+        def write(rows: Pixels) -> None:
             nonlocal above, done
-            lines = np.ascontiguousarray(rows).reshape(len(rows), -1)
-            chunk(b"IDAT", packer.compress(_filtered(lines, above, channels)))
+            lines = np.reshape(np.ascontiguousarray(rows), (len(rows), -1))
+            chunk(b"IDAT", packer.compress(_filtered(lines, above, channels).data))
             above, done = lines[-1].copy(), done + len(lines)
 
         file.write(b"\x89PNG\r\n\x1a\n")
@@ -66,8 +67,8 @@ def png_writer(
         chunk(b"IEND", b"")
 
 
-def _filtered(lines: np.ndarray, above: np.ndarray, channels: int) -> np.ndarray:
-    """Rows [n, W c] below the row `above`, each with its filter's number before it: [n, 1 + W c].
+def _filtered(lines: Pixels, above: Pixels, channels: int) -> Pixels:
+    """Filter rows [n, W c] below the row `above`: [n, 1 + W c], each behind its filter's number.
 
     For each row the filter whose differences are smallest, as signed numbers, in sum.
     """
@@ -79,15 +80,16 @@ def _filtered(lines: np.ndarray, above: np.ndarray, channels: int) -> np.ndarray
     best = np.full(len(lines), np.iinfo(np.int64).max)
     for number, prediction in enumerate(predictions):
         rest = lines - prediction  # modulo 256
-        cost = np.abs(rest.view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int64)
+        signed = rest.view(np.int8)  # pyright: ignore[reportUnknownMemberType]: numpy's stubs
+        cost = np.abs(signed.astype(np.int16)).sum(axis=1, dtype=np.int64)
         better = cost < best
         best[better] = cost[better]
         out[better, 0], out[better, 1:] = number, rest[better]
     return out
 
 
-def _paeth(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Whichever of left, above and above left is nearest to left + above - above left."""
+def _paeth(a: NDArray[np.int16], b: NDArray[np.int16], c: NDArray[np.int16]) -> Pixels:
+    """Return which of left, above and above left is nearest to left + above - above left."""
     to_a, to_b, to_c = np.abs(b - c), np.abs(a - c), np.abs(a + b - 2 * c)
     nearest = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
     return nearest.astype(np.uint8)

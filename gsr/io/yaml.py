@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -22,14 +22,14 @@ SCALARS = {
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with `SCALARS`, which refuses a key that is there already."""
+    """Read YAML as PyYAML's safe loader does, but with `SCALARS` and every key only once."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Hashable, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = cast(Any, self).construct_object(key_node, deep=True)  # PyYAML has no types
             line = key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
                 raise yaml.MarkedYAMLError(problem=f"line {line}: a key must be a plain word")
@@ -42,7 +42,9 @@ class Loader(yaml.SafeLoader):
 
 
 for tag, pattern in SCALARS.items():  # the first that matches wins: an int before a float
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None)
+    cast(Any, Loader).add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None
+    )
 
 
 def parse_yaml(text: str, name: str) -> Any:
