@@ -116,7 +116,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     free = (FREE - TIMES) | OWN
     if train.steps:
         free |= {"train.epochs"}
-    if train.schedule == "cosine":
+    if train.schedule.name == "cosine":
         free |= {"train.step_epochs", "train.gamma"}
     return [
         f"{key} ({run.file})"

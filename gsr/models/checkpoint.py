@@ -40,6 +40,9 @@ def load(path: str | os.PathLike | None = None) -> GaussianSR:
             other lossy files, noise and blur; or a path, see `load_model` ("./lite" is a folder of
             that name).
 
+    A folder whose config names code from outside gsr (docs/extend.md) loads only if you have
+    imported the module before: loading never imports what a file names.
+
     Raises:
         InputError: as `load_model`, or this installation lacks the bundled model.
     """
@@ -58,9 +61,10 @@ def load(path: str | os.PathLike | None = None) -> GaussianSR:
 def load_model(path: str | os.PathLike) -> GaussianSR:
     """A GaussianSR from a folder that `save_model` wrote, or from a published .pth file.
 
-    On the CPU, in float32 and in evaluation mode. Nothing in the folder is ever executed. Raises
-    InputError if something is missing, damaged, of an unknown format, or if the tensors are not
-    exactly those that the config calls for.
+    On the CPU, in float32 and in evaluation mode. Nothing in the folder is ever executed, and
+    no module imported that its config names. Raises InputError if something is missing, damaged, of
+    an unknown format, made with code that is not imported, or if the tensors are not exactly those
+    that the config calls for.
     """
     path = check_path(path)
     if not path.exists():
@@ -74,7 +78,13 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
         from gsr.models.published import load_published
 
         return load_published(path)
+    from gsr.models.registry import check_imported
+
     config = read_config(path / "config.json")
+    try:
+        check_imported(config)
+    except InputError as error:
+        raise InputError(f"{path / 'config.json'}: {error}") from None
     tensors = _read_tensors(path / "model.safetensors")
     return assemble(config, tensors, f"{path / 'model.safetensors'} does not fit its config.json")
 
@@ -91,8 +101,11 @@ def assemble(
     import torch
 
     from gsr.models import GaussianSR
+    from gsr.models.registry import is_custom
 
-    with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
+    # Names and shapes only: nothing is allocated or drawn. What is not of gsr might hold more than
+    # its weights, which would have no values there.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_custom(config) else "meta"):
         model = GaussianSR(config)
     want = model.state_dict()
     faults = [f"{named(name)} is unknown" for name in tensors if name not in want]

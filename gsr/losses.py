@@ -1,0 +1,94 @@
+"""Losses: of what a model renders and the HR pixels, both around [0, 1].
+
+A loss is a function of (out, target), tensors of one shape, to a number. It gets the sampled
+queries, [B, Q, 3], or, if it has the attribute `dense` and that is true, whole HR patches,
+[B, 3, H, W]. A weighted sum with one such term renders patches for all of its terms.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gsr import parts
+from gsr.config import LossConfig
+
+LOSSES = {name: f"gsr.losses.{name}" for name in ("l1", "mse", "charbonnier", "fft")}
+
+
+def l1(out: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error."""
+    return (out - target).abs().mean()
+
+
+def mse(out: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error."""
+    return (out - target).square().mean()
+
+
+def charbonnier(out: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
+    """Mean of sqrt(difference^2 + eps^2): l1 with a smooth minimum.
+
+    Source: Lai et al., "Deep Laplacian Pyramid Networks" (LapSRN), CVPR 2017, section 3.3.
+    """
+    return ((out - target).square() + eps**2).sqrt().mean()
+
+
+def fft(out: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of real and imaginary parts of the orthonormal Fourier transform.
+
+    Source: Cho et al., "Rethinking Coarse-to-Fine Approach in Single Image Deblurring" (MIMO-UNet),
+    ICCV 2021, section 3.4, there without the factor of orthonormality.
+    """
+    return torch.view_as_real(torch.fft.rfft2(out - target, norm="ortho")).abs().mean()
+
+
+fft.dense = True
+
+
+class WeightedSum(nn.Module):
+    """The weighted sum of the losses that `train.loss` names.
+
+    Modules among them move to the model's device with it, and what they have learnt is kept in the
+    state of a run. Nothing of theirs is trained here.
+
+    Raises:
+        InputError: a name that cannot be found, or a key that the loss does not take.
+    """
+
+    def __init__(self, terms: Sequence[LossConfig]):
+        super().__init__()
+        self.weights = [term.weight for term in terms]
+        self.terms = [_make(term) for term in terms]
+        self.learnt = nn.ModuleList(loss for loss in self.terms if isinstance(loss, nn.Module))
+        self.learnt.requires_grad_(False)
+        self.term_dense = [
+            getattr(getattr(loss, "func", loss), "dense", False)
+            if term.dense is None
+            else term.dense
+            for loss, term in zip(self.terms, terms, strict=True)
+        ]
+        self.dense = any(self.term_dense)
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        """out and target [B, Q, 3], or [B, 3, H, W] where `dense`."""
+        total = 0
+        for weight, loss, dense in zip(self.weights, self.terms, self.term_dense, strict=True):
+            pair = out, target
+            if self.dense and not dense:  # all pixels are its queries
+                pair = (x.flatten(2).mT for x in pair)
+            total = total + weight * loss(*pair)
+        return total
+
+
+def _make(term: LossConfig):
+    key = f"train.loss: {term.name}"
+    part = parts.find(term.name, LOSSES, "train.loss")
+    if inspect.isclass(part):
+        return parts.make(part, key=key, **term.keys)
+    parts.check_keys(part, None, None, key=key, **term.keys)
+    return functools.partial(part, **term.keys)
