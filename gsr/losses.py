@@ -8,8 +8,7 @@ queries, [B, Q, 3], or, if it has the attribute `dense` and that is true, whole 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +52,10 @@ fft.dense = True
 class WeightedSum(nn.Module):
     """The weighted sum of the losses that `train.loss` names.
 
-    Modules among them move to the model's device with it, and what they have learnt is kept in the
-    state of a run. Nothing of theirs is trained here.
+    Modules among them move to the model's device with it; nothing of theirs is trained.
+
+    Attributes:
+        dense: whether it takes whole HR patches.
 
     Raises:
         InputError: a name that cannot be found, or a key that the loss does not take.
@@ -62,22 +63,17 @@ class WeightedSum(nn.Module):
 
     def __init__(self, terms: Sequence[LossConfig]):
         super().__init__()
-        self.weights = [term.weight for term in terms]
-        self.terms = [_make(term) for term in terms]
-        self.learnt = nn.ModuleList(loss for loss in self.terms if isinstance(loss, nn.Module))
-        self.learnt.requires_grad_(False)
-        self.term_dense = [
-            getattr(getattr(loss, "func", loss), "dense", False)
-            if term.dense is None
-            else term.dense
-            for loss, term in zip(self.terms, terms, strict=True)
-        ]
-        self.dense = any(self.term_dense)
+        self.terms = [(term.weight, *_make(term)) for term in terms]
+        self.dense = any(dense for *_, dense in self.terms)
+        self.frozen = nn.ModuleList(
+            loss for _, loss, _ in self.terms if isinstance(loss, nn.Module)
+        )
+        self.frozen.requires_grad_(False)
 
     def forward(self, out: Tensor, target: Tensor) -> Tensor:
         """out and target [B, Q, 3], or [B, 3, H, W] where `dense`."""
         total = 0
-        for weight, loss, dense in zip(self.weights, self.terms, self.term_dense, strict=True):
+        for weight, loss, dense in self.terms:
             pair = out, target
             if self.dense and not dense:  # all pixels are its queries
                 pair = (x.flatten(2).mT for x in pair)
@@ -85,10 +81,13 @@ class WeightedSum(nn.Module):
         return total
 
 
-def _make(term: LossConfig):
+def _make(term: LossConfig) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+    """A loss, and whether it takes whole HR patches."""
     key = f"train.loss: {term.name}"
-    part = parts.find(term.name, LOSSES, "train.loss")
-    if inspect.isclass(part):
-        return parts.make(part, key=key, **term.keys)
-    parts.check_keys(part, None, None, key=key, **term.keys)
-    return functools.partial(part, **term.keys)
+    part = loss = parts.find(term.name, LOSSES, "train.loss")
+    if isinstance(part, type):
+        part = loss = parts.make(part, key=key, **term.keys)
+    else:
+        parts.check_keys(part, None, None, key=key, **term.keys)
+        loss = functools.partial(part, **term.keys)
+    return loss, getattr(part, "dense", False) if term.dense is None else term.dense

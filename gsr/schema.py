@@ -82,10 +82,8 @@ def must(text: str, holds: Callable[[Any, dict], Any], blame: str = "") -> After
             return value
         if good:
             return value
-        names = [*blame.split(".")] if blame else [info.field_name]
-        wrong = functools.reduce(
-            getattr, names[1:], {**info.data, info.field_name: value}[names[0]]
-        )
+        first, *below = (blame or info.field_name).split(".")
+        wrong = functools.reduce(getattr, below, {**info.data, info.field_name: value}[first])
         raise ValueError(text, blame, wrong)
 
     return AfterValidator(validate)
@@ -215,7 +213,7 @@ def _mistakes(cls: type[Section], error: ValidationError, where: str) -> Iterato
             continue
         if e["type"] == "value_error" and e["ctx"]["error"].args[1]:  # what `must` blames
             path[-1], value = e["ctx"]["error"].args[1:]
-        text = MUST_BE[e["type"]].format(**e.get("ctx", {})).replace("'", "")
+        text = MUST_BE.get(e["type"], "of another type").format(**e.get("ctx", {})).replace("'", "")
         hint = ""
         if text == "text" and isinstance(value, (int, float)):
             hint = "; put it in quotes"

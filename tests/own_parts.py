@@ -81,3 +81,9 @@ class Images:
         if self.scale:
             return image, image.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
         return image
+
+
+def colours(out, target):
+    """A loss of queries, [B, Q, 3]."""
+    assert out.shape[1:] == target.shape[1:] == (48, 3)
+    return (out - target)[..., 0].abs().mean()

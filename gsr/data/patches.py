@@ -104,7 +104,10 @@ def list_items(config: DataConfig) -> dict[str, list[Path | Item]]:
         return {folder: list_images(folder) for folder in folders}
     name, key = config.dataset.name, f"data.dataset: {config.dataset.name}"
     dataset = parts.make(parts.find(name, {}, "data.dataset"), key=key, **config.dataset.keys)
-    return {name: [Item(dataset, i) for i in range(len(dataset))]}
+    count = len(dataset) if hasattr(dataset, "__len__") else 0
+    if not count:
+        raise InputError(f"{key} has no items: it must have __len__, from 1, and __getitem__")
+    return {name: [Item(dataset, i) for i in range(count)]}
 
 
 def split_images(config: DataConfig) -> tuple[dict[Path | Item, int], list[Path | Item]]:
@@ -275,7 +278,7 @@ class PatchDataset(Dataset):
         paths = [path for path in self.paths if isinstance(path, Path)]  # all or none
         self.memory: dict[int, np.ndarray] = {}
         self.mapped: MappedPictures | None = None
-        kind = config.cache
+        kind = config.cache if paths else "none"
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
             first = config.train if isinstance(config.train, str) else next(iter(config.train))

@@ -101,11 +101,11 @@ def assemble(
     import torch
 
     from gsr.models import GaussianSR
-    from gsr.models.registry import is_custom
+    from gsr.models.registry import own_parts
 
     # Names and shapes only: nothing is allocated or drawn. What is not of gsr might hold more than
     # its weights, which would have no values there.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_custom(config) else "meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if own_parts(config) else "meta"):
         model = GaussianSR(config)
     want = model.state_dict()
     faults = [f"{named(name)} is unknown" for name in tensors if name not in want]

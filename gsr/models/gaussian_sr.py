@@ -2,8 +2,8 @@
 
 A mode is a head: a module with `encode` (features to Gaussians, all at LR), `render` (a whole
 image), `query` (chosen points), `rows_needed` and `halo`. `direct`, `field` and `official` splat;
-`liif`, `lte` and `bicubic` are what they are compared with. To add one, write the class, name it in
-`gsr.models.registry` and the mode in `gsr.config.ModelConfig`.
+`liif`, `lte` and `bicubic` are what they are compared with. A head or encoder of one's own is named
+by its import path in the config: docs/extend.md.
 """
 
 from __future__ import annotations

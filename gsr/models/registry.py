@@ -63,6 +63,8 @@ def make_encoder(config: EncoderConfig | CustomEncoder) -> nn.Module:
     encoder = _make_own(config.name, "model.encoder", ("halo",), keys)
     if encoder.halo is None:
         encoder.halo = WHOLE
+        if not hasattr(encoder, "floats"):
+            encoder.floats = 20 * config.n_feats, 0
     tried = type(encoder), json.dumps(keys, default=str)
     if encoder.halo != WHOLE and tried not in _tried:
         check_halo(encoder, config.name, config.n_feats)
@@ -90,9 +92,9 @@ def _make_own(name: str, key: str, needed: tuple[str, ...], keys: dict) -> nn.Mo
     return module
 
 
-def is_custom(config: ModelConfig) -> bool:
-    """Whether a model has an encoder or a head from outside gsr."""
-    return is_import_path(config.encoder.name) or is_import_path(config.mode)
+def own_parts(config: ModelConfig) -> list[str]:
+    """The import paths of a model's encoder and head, of those that are not gsr's."""
+    return [name for name in (config.encoder.name, config.mode) if is_import_path(name)]
 
 
 def check_imported(config: ModelConfig) -> None:
@@ -101,9 +103,9 @@ def check_imported(config: ModelConfig) -> None:
     For configs from model folders, which may be anybody's: what they name is never imported, and
     must be a class of torch.nn.Module.
     """
-    for name in (config.encoder.name, config.mode):
+    for name in own_parts(config):
         module = name.rpartition(".")[0]
-        if is_import_path(name) and module not in sys.modules:
+        if module not in sys.modules:
             raise InputError(
                 f"this model is made with {name}, code that is not part of gsr: if you trust it, "
                 f"import {module} before (on a command line: --import {module})"
