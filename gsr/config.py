@@ -20,16 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator, mode
 from gsr.errors import InputError
 from gsr.io.paths import check_path
 from gsr.io.yaml import parse_yaml
-from gsr.schema import (
-    Part,
-    Section,
-    build,
-    is_import_path,
-    key,
-    must,
-    one_of,
-    override,
-)
+from gsr.schema import Part, Section, build, is_import_path, key, must, one_of, override
 from gsr.schema import check as check
 from gsr.schema import from_dict as from_dict
 from gsr.schema import to_dict as to_dict
@@ -59,11 +50,7 @@ def _folders(value: Any, inner: Callable[[Any], Any]) -> Any:
     return inner(value)
 
 
-Shares = Annotated[
-    dict[PathName, Positive],
-    Field(min_length=1),
-    WrapValidator(_folders),
-]
+Shares = Annotated[dict[PathName, Positive], Field(min_length=1), WrapValidator(_folders)]
 
 
 def between(low: float, high: float) -> AfterValidator:
@@ -189,7 +176,10 @@ class ModelConfig(Section):
     ] = DecoderConfig()
     liif: LIIFConfig = LIIFConfig()
     lte: LTEConfig = LTEConfig()
-    head: dict[str, Any] = key({}, "keys of a head from outside gsr, whose import path is the mode")
+    head: Annotated[
+        dict[str, Any],
+        must("empty in a built-in mode", lambda keys, c: not keys or is_import_path(c["mode"])),
+    ] = key({}, "keys of a head from outside gsr, whose import path is the mode")
 
 
 class BlurConfig(Section):
@@ -219,17 +209,21 @@ class JpegConfig(Section):
     twice: Share = key(0.1, "share that is saved a second time, on a shifted grid of blocks")
 
 
+STAGES = ("blur", "noise", "jpeg")
+
+
 class StageConfig(Part):
     """A step of the degradation."""
 
-    name: Annotated[str, one_of("blur", "noise", "jpeg")] = key("", "built-in, or module.name")
-    share: Annotated[
-        Share,
-        must(
-            "left out: it stands in the section of that name, as all keys of a built-in stage do",
-            lambda share, c: share == 1 or is_import_path(c["name"]),
-        ),
-    ] = key(1.0, "of the degraded patches; of a built-in one in its own section")
+    name: Annotated[str, one_of(*STAGES)] = key("", "built-in, or module.name")
+    share: Share = key(1.0, "of the degraded patches")
+
+    @model_validator(mode="after")
+    def _no_keys(self) -> StageConfig:
+        if not is_import_path(self.name) and (self.share != 1 or self.keys):
+            said = f"a name alone: the keys of {self.name} are in its own section"
+            raise ValueError(said, "", to_dict(self))
+        return self
 
 
 class DegradeConfig(Section):
@@ -245,8 +239,14 @@ class DegradeConfig(Section):
     noise: NoiseConfig = NoiseConfig()
     jpeg: JpegConfig = JpegConfig()
     stages: list[StageConfig] = key(
-        [StageConfig(name) for name in ("blur", "noise", "jpeg")], "what is done to LR, in order"
+        [StageConfig(name) for name in STAGES], "what is done to LR, in order"
     )
+
+
+class DatasetConfig(Part):
+    """A dataset of HR images, or of pairs (LR, HR)."""
+
+    name: Annotated[str, one_of()] = key("", "module.Name")
 
 
 class DataConfig(Section):
@@ -255,7 +255,7 @@ class DataConfig(Section):
     train: Shares = key(
         "data/train", "folder of HR images, searched recursively; or several with their shares"
     )
-    dataset: Part | None = key(None, "module.Name of a dataset that takes the place of `train`")
+    dataset: DatasetConfig | None = key(None, "takes the place of `train`; null: none does")
     val: PathName | None = key(None, "folder of HR images; null: val_count of train, set aside")
     val_count: Count = key(10, "images used for validation")
     patch: int = key(48, "LR patch side, pixels", ge=8, le=4096)
@@ -315,7 +315,6 @@ class TrainConfig(Section):
         BeforeValidator(lambda terms: terms if isinstance(terms, list) else [terms]),
     ] = key([LossConfig("l1")], "one, or a list whose weighted sum it is")
     optimizer: OptimizerConfig = OptimizerConfig()
-
     steps: Steps | None = key(None, "optimiser steps in total; null: epochs * steps per epoch")
     epochs: Steps = key(2000, "used where steps is null")
     lr: Positive = key(1e-4, "learning rate")

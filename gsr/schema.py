@@ -50,7 +50,7 @@ class Part(Section):
     """Code by name, with keyword arguments for it as further keys; text is a name without any."""
 
     model_config = ConfigDict(extra="allow")
-    name: str = Field("", description="built-in, or module.Name; all keys unknown here go to it")
+    name: str = Field("", description="built-in, or module.Name; unknown keys are its arguments")
 
     @model_validator(mode="before")
     @classmethod
@@ -95,8 +95,9 @@ def is_import_path(name: str) -> bool:
 
 
 def one_of(*names: str) -> AfterValidator:
-    """The name of a part: a built-in one or an import path."""
-    text = f"one of {', '.join(names)} or an import path such as my_module.Name"
+    """The name of a part: a built-in one, where there are any, or an import path."""
+    text = f"one of {', '.join(names)} or " if names else ""
+    text += "an import path such as my_module.Name"
     return must(text, lambda name, _: name in names or is_import_path(name))
 
 

@@ -77,7 +77,7 @@ class Images:
 
     def __getitem__(self, i):
         rng = np.random.default_rng(i)
-        image = rng.integers(0, 256, (self.side, self.side + 4, 3)).astype(self.kind)
+        image = rng.integers(0, 256, (self.side, self.side + 5, 3)).astype(self.kind)
         if self.scale:
             return image, image.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
         return image

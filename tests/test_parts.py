@@ -15,6 +15,7 @@ from gsr.config import (
     Config,
     CustomEncoder,
     DataConfig,
+    DatasetConfig,
     DecoderConfig,
     DegradeConfig,
     DirectConfig,
@@ -24,7 +25,6 @@ from gsr.config import (
     LTEConfig,
     ModelConfig,
     OptimizerConfig,
-    Part,
     ScheduleConfig,
     StageConfig,
     TrainConfig,
@@ -69,7 +69,9 @@ def test_a_part_is_a_name_or_a_section_with_keys():
     assert config.model.encoder == CustomEncoder(f"{OWN}.Plain", 64)
     assert config.train.loss == [LossConfig("charbonnier", eps=0.1)]
     assert config.train.optimizer.keys == {"betas": [0.9, 0.99]}
-    assert config.data.dataset == Part("a.b.C") and config.data.degrade.stages[1].keys == {"n": 1}
+    assert config.data.dataset == DatasetConfig("a.b.C") and config.data.degrade.stages[1].keys == {
+        "n": 1
+    }
     assert from_dict(Config, to_dict(config)) == config
     both = from_dict(Config, {"train": {"loss": ["l1", {"name": "fft", "weight": 0.1}]}})
     assert [term.weight for term in both.train.loss] == [1.0, 0.1]
@@ -91,8 +93,11 @@ def test_a_part_is_a_name_or_a_section_with_keys():
         ({"data": {"degrade": {"stages": ["haze"]}}}, "stages[0].name must be one of blur"),
         (
             {"data": {"degrade": {"stages": [{"name": "blur", "share": 0.1}]}}},
-            "data.degrade.stages[0].share must be left out",
+            "data.degrade.stages[0] must be a name alone: the keys of blur are in its own section",
         ),
+        ({"data": {"degrade": {"stages": [{"name": "jpeg", "quality": 3}]}}}, "a name alone"),
+        ({"data": {"dataset": "images"}}, "data.dataset.name must be an import path such as"),
+        ({"model": {"head": {"width": 3}}}, "model.head must be empty in a built-in mode"),
     ],
 )
 def test_names_and_keys_are_checked(section, said):
@@ -147,7 +152,10 @@ def refused(make):
             lambda: GaussianSR(ModelConfig(f"{OWN}.Plain", head={"depth": 1})),
             "lacks encode, render, query, rows_needed",
         ),
-        (lambda: split_images(DataConfig(dataset=Part(f"{OWN}.Images", sides=1))), "'sides'"),
+        (
+            lambda: split_images(DataConfig(dataset=DatasetConfig(f"{OWN}.Images", sides=1))),
+            "'sides'",
+        ),
         (
             lambda: degradations.check_stages(DegradeConfig(stages=[StageConfig(f"{OWN}.no")])),
             "data.degrade.stages: tests.own_parts has no no",
@@ -325,7 +333,7 @@ def test_a_dataset_gives_the_patches_of_its_files(tmp_path):
 
     for i, image in enumerate(Images()[i] for i in range(4)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    files, items = data(train=str(tmp_path)), data(dataset=Part(f"{OWN}.Images"))
+    files, items = data(train=str(tmp_path)), data(dataset=DatasetConfig(f"{OWN}.Images"))
     degrade = DegradeConfig(clean=0.5)
     for extra in ({}, {"degrade": degrade}):
         pair = (batches(config.model_copy(update=extra)) for config in (files, items))
@@ -337,7 +345,9 @@ def test_a_dataset_gives_the_patches_of_its_files(tmp_path):
 
 
 def test_pairs_lie_over_each_other():
-    config = data(dataset=Part(f"{OWN}.Images", side=40, scale=2), scale_min=2.0, scale_max=2.0)
+    config = data(
+        dataset=DatasetConfig(f"{OWN}.Images", side=40, scale=2), scale_min=2.0, scale_max=2.0
+    )
     for batch in batches(config, dense=True):
         hr = batch.target.mT.unflatten(2, batch.size)
         assert batch.size == (24, 24)
@@ -345,7 +355,8 @@ def test_pairs_lie_over_each_other():
             hr[..., 1::2, 1::2], batch.lr
         )
     ((scale, lr, hr),) = validation_pairs(split_images(config)[1])
-    assert scale == 2 and torch.equal(hr[..., ::2, ::2], lr)
+    assert scale == 2
+    assert torch.equal(hr[..., ::2, ::2], lr) and torch.equal(hr[..., 1::2, 1::2], lr)
     config.scale_max = 3.0
     assert "is a pair of scale 2: set data.scale_min" in refused(lambda: batches(config))
 
@@ -353,17 +364,17 @@ def test_pairs_lie_over_each_other():
 @pytest.mark.parametrize(
     "keys, said",
     [
-        ({"kind": "float32"}, "is float32 [70, 74, 3]; an image is uint8 [H, W, 3]"),
-        ({"side": 20}, "is 24 x 20 pixels, smaller than the largest crop 48"),
+        ({"kind": "float32"}, "is float32 [70, 75, 3]; an image is uint8 [H, W, 3]"),
+        ({"side": 20}, "is 25 x 20 pixels, smaller than the largest crop 48"),
         ({"count": 0}, "has no items: it must have __len__"),
     ],
 )
 def test_items_that_are_no_images(keys, said):
-    assert said in refused(lambda: batches(data(dataset=Part(f"{OWN}.Images", **keys))))
+    assert said in refused(lambda: batches(data(dataset=DatasetConfig(f"{OWN}.Images", **keys))))
 
 
 def test_a_dense_batch_is_all_pixels_of_the_same_patches():
-    config = data(dataset=Part(f"{OWN}.Images"), scale_min=2.0)
+    config = data(dataset=DatasetConfig(f"{OWN}.Images"), scale_min=2.0)
     for whole, some in zip(batches(config, dense=True), batches(config), strict=True):
         assert torch.equal(whole.lr, some.lr)
         hr = whole.target.mT.unflatten(2, whole.size)
@@ -384,7 +395,7 @@ def test_whole_patches_have_the_gradients_of_all_their_pixels(mode):
             LIIFConfig([16]), LTEConfig(16, [16]),
         )
     ).train()  # fmt: skip
-    config = data(dataset=Part(f"{OWN}.Images"), scale_min=2.0)
+    config = data(dataset=DatasetConfig(f"{OWN}.Images"), scale_min=2.0)
     batch = batches(config, dense=True)[0]
 
     def gradients(**keys):
