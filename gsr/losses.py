@@ -86,8 +86,8 @@ def _make(term: LossConfig) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
     key = f"train.loss: {term.name}"
     part = loss = parts.find(term.name, LOSSES, "train.loss")
     if isinstance(part, type):
-        part = loss = parts.make(part, key=key, **term.keys)
+        part = loss = parts.make(part, (), term.keys, key)
     else:
-        parts.check_keys(part, None, None, key=key, **term.keys)
+        parts.check_keys(part, (None, None), term.keys, key)
         loss = functools.partial(part, **term.keys)
     return loss, getattr(part, "dense", False) if term.dense is None else term.dense

@@ -98,7 +98,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         keys["muon_lr"] = config.muon_lr
     own_class = isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer)
     given = model.parameters() if own_class else model
-    optimizer = parts.make(maker, given, key=f"train.optimizer: {part.name}", **keys)
+    optimizer = parts.make(maker, (given,), keys, f"train.optimizer: {part.name}")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -141,7 +141,7 @@ def make_schedule(config: TrainConfig, total: int, per_epoch: int) -> Callable[[
     schedule = parts.find(part.name, SCHEDULES, "train.schedule")
     if part.name == "step":
         keys |= {"every": per_epoch * config.step_epochs, "gamma": config.gamma}
-    parts.check_keys(schedule, 0, total, key=f"train.schedule: {part.name}", **keys)
+    parts.check_keys(schedule, (0, total), keys, f"train.schedule: {part.name}")
 
     def learning_rate(step: int, lr: float) -> float:
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0

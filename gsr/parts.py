@@ -12,7 +12,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gsr.errors import InputError
@@ -51,8 +51,11 @@ def find(name: str, builtin: Mapping[str, str], key: str) -> Any:
     return getattr(module, attribute)
 
 
-def check_keys(part: Any, *given: Any, key: str, **keys: Any) -> None:
-    """Raise InputError unless a class or function takes these arguments and keys."""
+def check_keys(part: Any, given: Sequence[Any], keys: Mapping[str, Any], key: str) -> None:
+    """Raise InputError, which starts with `key`, unless a class or function takes these keys.
+
+    `given` stands for what it is called with besides.
+    """
     try:
         signature = inspect.signature(part)
     except ValueError:  # some of what is written in C has none
@@ -63,7 +66,7 @@ def check_keys(part: Any, *given: Any, key: str, **keys: Any) -> None:
         raise InputError(f"{key}: {part.__module__}.{part.__qualname__} has {error}") from None
 
 
-def make(part: Any, *given: Any, key: str, **keys: Any) -> Any:
-    """Call a class or function; InputError, which starts with `key`, if it has not these keys."""
-    check_keys(part, *given, key=key, **keys)
+def make(part: Any, given: Sequence[Any], keys: Mapping[str, Any], key: str) -> Any:
+    """Call a class or function; InputError as `check_keys`."""
+    check_keys(part, given, keys, key)
     return part(*given, **keys)

@@ -103,7 +103,7 @@ def list_items(config: DataConfig) -> dict[str, list[Path | Item]]:
         folders = config.train if isinstance(config.train, dict) else [config.train]
         return {folder: list_images(folder) for folder in folders}
     name, key = config.dataset.name, f"data.dataset: {config.dataset.name}"
-    dataset = parts.make(parts.find(name, {}, "data.dataset"), key=key, **config.dataset.keys)
+    dataset = parts.make(parts.find(name, {}, "data.dataset"), (), config.dataset.keys, key)
     count = len(dataset) if hasattr(dataset, "__len__") else 0
     if not count:
         raise InputError(f"{key} has no items: it must have __len__, from 1, and __getitem__")

@@ -59,7 +59,7 @@ def make_encoder(config: EncoderConfig | CustomEncoder) -> nn.Module:
     """
     if not isinstance(config, CustomEncoder):
         return parts.find(config.name, ENCODERS, "model.encoder.name")(config)
-    keys = {"n_feats": config.n_feats, **config.keys}
+    keys = {**config.keys, "n_feats": config.n_feats}
     encoder = _make_own(config.name, "model.encoder", ("halo",), keys)
     if encoder.halo is None:
         encoder.halo = WHOLE
@@ -77,7 +77,7 @@ def make_head(config: ModelConfig) -> nn.Module:
     if not is_import_path(config.mode):
         return parts.find(config.mode, HEADS, "model.mode")(config)
     needed = "halo", "encode", "render", "query", "rows_needed"
-    keys = {"n_feats": config.encoder.n_feats, **config.head}
+    keys = {**config.head, "n_feats": config.encoder.n_feats}
     return _make_own(config.mode, "model.head", needed, keys)
 
 
@@ -86,7 +86,7 @@ def _make_own(name: str, key: str, needed: tuple[str, ...], keys: dict) -> nn.Mo
     part = parts.find(name, {}, key)
     if not (isinstance(part, type) and issubclass(part, nn.Module)):
         raise InputError(f"{key}: {name} is no class of torch.nn.Module")
-    module = parts.make(part, key=key, **keys)
+    module = parts.make(part, (), keys, key)
     if missing := [attribute for attribute in needed if not hasattr(module, attribute)]:
         raise InputError(f"{key}: {name} lacks {', '.join(missing)}")
     return module
