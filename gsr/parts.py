@@ -63,7 +63,7 @@ def check_keys(part: Any, given: Sequence[Any], keys: Mapping[str, Any], key: st
     try:
         signature.bind(*given, **keys)
     except TypeError as error:
-        raise InputError(f"{key}: {part.__module__}.{part.__qualname__} has {error}") from None
+        raise InputError(f"{key} cannot take its keys: {error}") from None
 
 
 def make(part: Any, given: Sequence[Any], keys: Mapping[str, Any], key: str) -> Any:

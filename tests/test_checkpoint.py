@@ -58,7 +58,7 @@ def test_round_trip(folder, tiny_model):
         "model.safetensors",
     ]
     assert json.loads((folder / "config.json").read_text()) == {
-        "format": 3,
+        "format": 4,
         "model": to_dict(tiny_model.config),
     }
 
@@ -95,7 +95,7 @@ def test_missing(tmp_path, folder):
 def test_configs_are_read_strictly(folder):
     original = (folder / "config.json").read_text()
     cases = [
-        (lambda c: c.update(format=4), "reads formats up to 3"),
+        (lambda c: c.update(format=5), "reads formats up to 4"),
         (lambda c: c.pop("format"), "has format None"),
         (lambda c: c.pop("model"), "has no key model"),
         (lambda c: c["model"].update(mood=1), "model.mood is not a key; did you mean model.mode?"),

@@ -128,7 +128,10 @@ def refused(make):
         (lambda: WeightedSum([LossConfig(f"{OWN}.scale")]), "has no scale; did you mean scaled?"),
         (lambda: WeightedSum([LossConfig(f"{OWN}.scaled", bye=1)]), "'bye'"),
         (lambda: WeightedSum([LossConfig("torch.nn.HuberLoss", eps=1)]), "'eps'"),
-        (lambda: WeightedSum([LossConfig("l1", eps=1)]), "gsr.losses.l1 has got an unexpected"),
+        (
+            lambda: WeightedSum([LossConfig("l1", eps=1)]),
+            "train.loss: l1 cannot take its keys: got",
+        ),
         (
             lambda: make_optimizer(
                 torch.nn.Linear(1, 1), TrainConfig(optimizer=OptimizerConfig("adamw", deca=1))

@@ -116,7 +116,7 @@ def check_stages(config: DegradeConfig | None) -> None:
     for stage in config.stages if config else ():
         if stage.name not in STAGES:
             function = parts.find(stage.name, {}, OWN)
-            parts.check_keys(function, (None, None), stage.keys, OWN)
+            parts.check_keys(function, (None, None), stage.keys, f"{OWN}: {stage.name}")
 
 
 def degrade(

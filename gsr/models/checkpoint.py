@@ -18,7 +18,7 @@ from gsr.io.paths import check_path, make_folder
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-FORMAT = 3  # of config.json; raised when older code could not read it any more
+FORMAT = 4  # of config.json; raised when older code could not read it any more
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 # The models that ship: for lossless images, and for lossy or noisy ones.
 BUNDLED = {"lite": _WEIGHTS / "gsr-lite", "photo": _WEIGHTS / "gsr-photo"}

@@ -86,7 +86,7 @@ def _make_own(name: str, key: str, needed: tuple[str, ...], keys: dict) -> nn.Mo
     part = parts.find(name, {}, key)
     if not (isinstance(part, type) and issubclass(part, nn.Module)):
         raise InputError(f"{key}: {name} is no class of torch.nn.Module")
-    module = parts.make(part, (), keys, key)
+    module = parts.make(part, (), keys, f"{key}: {name}")
     if missing := [attribute for attribute in needed if not hasattr(module, attribute)]:
         raise InputError(f"{key}: {name} lacks {', '.join(missing)}")
     return module
