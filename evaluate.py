@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from gsr import distributed
-from gsr.cli import guard
+from gsr.cli import add_import, guard
 from gsr.data.benchmarks import check_scales, check_sizes, named_image, open_sets, read_pair
 from gsr.describe import describe_model, describe_run
 from gsr.device import set_threads
@@ -39,12 +39,15 @@ from gsr.io.image import to_tensor, to_uint8, write_atomic, write_image
 from gsr.io.paths import as_json, make_folder
 from gsr.metrics import PERCEPTUAL, PROTOCOLS, SSIM_WINDOW, VGG16_LEAST, perceptual
 from gsr.models.checkpoint import load
+from gsr.parts import import_own
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure what the arguments name; print the table and write the files."""
     start = time.perf_counter()
     set_threads(args.threads)
+    for module in args.modules:
+        import_own(module, "--import")
 
     # All that can be wrong with arguments, paths and sizes raises here, before the slow part.
     scales, protocol = check_scales(args.scale), PROTOCOLS[args.protocol]
@@ -127,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="report as JSON, replaced if there (default: evaluation.json in this folder)")
     add("--save", metavar="FOLDER",
         help="results as FOLDER/SET/xS/NAME.png (of several models: FOLDER/MODEL/SET/...)")
+    add_import(parser)
     add("--threads", type=int, metavar="N", help="CPU threads")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     # fmt: on

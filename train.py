@@ -13,10 +13,9 @@ the mode `official` has it not: its Gaussians are means over the images that are
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -38,36 +37,32 @@ from gsr.data.patches import (
 )
 from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
+from gsr.losses import WeightedSum, l1
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model
-from gsr.optim import make_optimizer
+from gsr.optim import make_optimizer, make_schedule
 from gsr.runs import Run, check_alive, check_finite, different_keys, validation_pairs
 
 
 class Loss(nn.Module):
-    """Mean absolute error of a model on a micro-batch.
+    """The loss of a model on a micro-batch: by default the mean absolute error.
 
     A module, since `distributed.parallel` averages the gradients of what its `forward` computes.
     """
 
-    def __init__(self, model: GaussianSR, precision: str):
+    def __init__(self, model: GaussianSR, precision: str, measure: Callable = l1):
         super().__init__()
-        self.model, self.bf16 = model, precision == "bf16"
+        self.model, self.bf16, self.measure = model, precision == "bf16", measure
 
     def forward(self, batch: Batch) -> Tensor:
         lr = batch.lr.contiguous(memory_format=torch.channels_last)
         with torch.autocast(lr.device.type, torch.bfloat16, enabled=self.bf16):
             encoded = self.model.encode(lr, batch.seeds)
+        if getattr(self.measure, "dense", False):  # the targets are whole patches, row by row
+            out = self.model.render(encoded, batch.size, batch.scale)
+            return self.measure(out, batch.target.mT.unflatten(2, batch.size))
         out = self.model.query(encoded, batch.size, batch.coord, batch.scale)
-        return (out - batch.target).abs().mean()
-
-
-def learning_rate(config: TrainConfig, step: int, total: int, per_epoch: int, lr: float) -> float:
-    """`lr` as the schedule has it at a step: a function, so that there is no state to resume."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    if config.schedule == "cosine":
-        return lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
-    return lr * warm * config.gamma ** (step // (per_epoch * config.step_epochs))
+        return self.measure(out, batch.target)
 
 
 def train(config: Config, resume: bool = False, progress: bool = True) -> dict[str, float]:
@@ -83,7 +78,8 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
     train_images, val_images = split_images(config.data)
     run = Run(config, {"train": train_images, "val": val_images}, resume)
     pairs = validation_pairs(val_images) if run.leads else []
-    dataset = PatchDataset(train_images, config.data)
+    measure = WeightedSum(c.loss).to(device)
+    dataset = PatchDataset(train_images, config.data, measure.dense)
     per_epoch = steps_per_epoch(dataset.visits, config.data)
     total = c.steps or c.epochs * per_epoch
 
@@ -93,7 +89,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
     if config.init is not None and not resume:
         start_from(config.init, model)
     model.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(model, c)
+    optimizer, learning_rate = make_optimizer(model, c), make_schedule(c, total, per_epoch)
     ema = None
     if c.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema))
@@ -106,7 +102,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
         start = run.load(**parts) if resume else 0
         if start >= total:
             raise InputError(f"{run.folder} is finished: it has done all its {total} steps")
-        loss_of = distributed.parallel(Loss(model, c.precision))
+        loss_of = distributed.parallel(Loss(model, c.precision, measure))
         batches = load_batches(
             dataset, c.seed, start, total, accumulate=c.accumulate, pin=device.type == "cuda"
         )
@@ -119,7 +115,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
             distributed.agree()  # a rank without data ends all of them
 
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(c, step - 1, total, per_epoch, group["initial_lr"])
+                group["lr"] = learning_rate(step - 1, group["initial_lr"])
             losses.append(training_step(loss_of, optimizer, micro_batches, config=c, step=step))
             if ema:
                 ema.update_parameters(model)

@@ -42,6 +42,8 @@ from gsr.evaluation import Degradation, Method, add_protocol, make_methods, note
 from gsr.io.image import write_atomic
 from gsr.io.paths import as_json, as_text, check_path, make_folder
 from gsr.models.checkpoint import load_model
+from gsr.models.registry import own_parts
+from gsr.parts import import_own
 from gsr.runs import MAY_CHANGE, different_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +118,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     free = (FREE - TIMES) | OWN
     if train.steps:
         free |= {"train.epochs"}
-    if train.schedule == "cosine":
+    if train.schedule.name == "cosine":
         free |= {"train.step_epochs", "train.gamma"}
     return [
         f"{key} ({run.file})"
@@ -164,10 +166,14 @@ def complete(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
         "output": run.folder / "evaluation.json", "device": device, "threads": threads,
         **{key: asked[key] for key in ("protocol", "limit", "noise", "jpeg")},
     }  # fmt: skip
+    own = [name.rpartition(".")[0] for name in own_parts(run.config.model)]
     run_script(
         "evaluate.py", "--checkpoint", run.folder / "model", "--data", *asked["sets"], "--scale",
         *asked["scales"], *(f"--{key}={v}" for key, v in options.items() if v is not None),
+        *(f"--import={module}" for module in own),
     )  # fmt: skip
+    for module in own:
+        import_own(module, "model")
     set_threads(threads)
     model = load_model(run.folder / "model").to(select_device(device))
     result = {

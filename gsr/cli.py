@@ -19,6 +19,7 @@ from typing import Any
 
 from gsr import __version__
 from gsr.errors import InputError
+from gsr.parts import import_own
 
 EPILOG = """\
 examples:
@@ -57,11 +58,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def dispatch(argv: Sequence[str] | None = None) -> None:
     """Run `main` without the guard: raises InputError on wrong input."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv[0] if argv else "").parse_args(argv)
+    args = _parser("inspect" in argv).parse_args(argv)
+    for module in args.modules:
+        import_own(module, "--import")
     args.run(args)
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add the option --import, a list of names of modules in `modules`."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import your module first: a model may be made with an encoder or head from it",
+    )
+
+
+def _parser(inspect: bool) -> argparse.ArgumentParser:
     """Make the parser of all commands; `inspect` is in full only where it is the command."""
     from gsr.data.commands import add_data_parser
 
@@ -69,6 +84,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog="gsr", description="Image super-resolution at any scale by 2D Gaussian splatting."
     )
     parser.add_argument("--version", action="version", version=f"gsr {__version__}")
+    add_import(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up = commands.add_parser(
         "upscale",
@@ -130,7 +146,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     up.set_defaults(run=_upscale)
     add_data_parser(commands)
-    if command == "inspect":  # imports torch
+    if inspect:  # imports torch
         from gsr.viz import add_parser
 
         add_parser(commands)

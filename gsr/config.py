@@ -1,82 +1,33 @@
-"""The configuration of a model and of a training, as pydantic models that a YAML file fills in.
+"""The configuration of a model and of a training: what may stand in a YAML file of configs/.
 
 A section of the file is a class here and a key is a field: its type, limits, default and meaning
 stand together. `from_dict` and `load_config` raise one InputError for all mistakes in a file.
 Sections made in Python are as free as dataclasses until `check` validates them.
+
+A `Part` names code: a built-in one, or `module.Name` of a module of one's own (docs/extend.md).
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-import itertools
 import math
 import os
 import re
-import types
-from collections.abc import Callable, Iterator, Sequence
-from inspect import Parameter, Signature
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator, model_validator
 
 from gsr.errors import InputError
 from gsr.io.paths import check_path
 from gsr.io.yaml import parse_yaml
+from gsr.schema import Part, Section, build, is_import_path, key, must, one_of, override
+from gsr.schema import check as check
+from gsr.schema import from_dict as from_dict
+from gsr.schema import to_dict as to_dict
 
 DEVICES = r"auto|cpu|cuda(:[0-9]+)?|mps|xpu"
 MAX_THREADS = 1024
 BYTES = r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B"  # an amount of memory
-
-
-class _Unvalidated(type(BaseModel)):
-    """Makes Section(...) set fields as a dataclass does; validation does not come through here."""
-
-    def __call__(cls, *values: Any, **named: Any) -> Any:
-        fields = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in cls.model_fields]
-        return cls.model_construct(**Signature(fields).bind_partial(*values, **named).arguments)
-
-
-class Section(BaseModel, metaclass=_Unvalidated):
-    """Base of all sections: strict types, finite numbers, no unknown keys."""
-
-    # Defaults are validated too: a limit may depend on keys that are not left out.
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_empty(cls, mapping: Any) -> Any:
-        return {} if mapping is None else mapping  # `train:` with nothing below it
-
-
-def key(default: Any, description: str, **limits: Any) -> Any:
-    """A field with a description; `limits` are those of pydantic's Field."""
-    return Field(default, description=description, **limits)
-
-
-def must(text: str, holds: Callable[[Any, dict], Any], blame: str = "") -> AfterValidator:
-    """A limit that Field has no word for: holds(value, {field above this one: its value}).
-
-    It is skipped if a field that it reads is wrong itself. `blame` is the key at fault where that
-    is another one; it starts in this section, such as "bank.channels".
-    """
-
-    def validate(value: Any, info: Any) -> Any:
-        try:
-            if holds(value, info.data):
-                return value
-        except KeyError:  # suppress follow-on errors
-            return value
-        if not blame:
-            raise ValueError(text)
-        first, *below = blame.split(".")
-        wrong = functools.reduce(getattr, below, {**info.data, info.field_name: value}[first])
-        raise ValueError(text, blame, wrong)
-
-    return AfterValidator(validate)
 
 
 # Upper limits are far above any use: they keep a damaged file from building modules without end,
@@ -90,6 +41,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PathName = Annotated[str, must("a path", lambda s, _: s.strip())]  # "" would be the current folder
 
 
+def _folders(value: Any, inner: Callable[[Any], Any]) -> Any:
+    """One folder stays text; several are a section."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("a path, or a section of paths with their shares", "", value)
+    return inner(value)
+
+
+Shares = Annotated[dict[PathName, Positive], Field(min_length=1), WrapValidator(_folders)]
+
+
 def between(low: float, high: float) -> AfterValidator:
     """A pair [least, most] within limits."""
     text = f"two numbers [least, most] from {low} to {high}"
@@ -97,9 +60,12 @@ def between(low: float, high: float) -> AfterValidator:
 
 
 class EncoderConfig(Section):
-    """Feature extractor at LR: [B, 3, h, w] in [0, 1] to [B, n_feats, h, w]."""
+    """Feature extractor at LR: [B, 3, h, w] in [0, 1] to [B, n_feats, h, w].
 
-    name: Literal["edsr", "span", "rdn", "swinir"] = key("edsr", "architecture")
+    Where `name` is an import path, the section is a `CustomEncoder`.
+    """
+
+    name: Annotated[str, one_of("edsr", "span", "rdn", "swinir")] = key("edsr", "architecture")
     n_feats: Width = key(64, "channels; EDSR-baseline, RDN, SwinIR 64; EDSR 256; SPAN 48")
     n_blocks: Annotated[
         int, must("at least 2 in span", lambda n, c: c["name"] != "span" or n > 1)
@@ -115,6 +81,19 @@ class EncoderConfig(Section):
         int, must("a divisor of dim, such as 1", lambda n, c: n > 0 and c["dim"] % n == 0)
     ] = key(6, "swinir: attention heads; a divisor of dim")
     window: int = key(8, "swinir: side of a window, LR pixels", ge=2, le=64, multiple_of=2)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _custom(cls, value: Any, inner: Callable[[Any], Any]) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        custom = isinstance(value, dict) and is_import_path(str(value.get("name")))
+        return CustomEncoder.model_validate(value) if custom else inner(value)
+
+
+class CustomEncoder(Part):
+    """An encoder from outside gsr, called with n_feats and its own keys."""
+
+    n_feats: Width = key(64, "channels of its features")
 
 
 class DirectConfig(Section):
@@ -172,7 +151,9 @@ class LTEConfig(Section):
 class ModelConfig(Section):
     """The encoder, and the head that `mode` names."""
 
-    mode: Literal["direct", "field", "official", "bicubic", "liif", "lte"] = key("direct", "head")
+    mode: Annotated[str, one_of("direct", "field", "official", "bicubic", "liif", "lte")] = key(
+        "direct", "head; its keys are in the section of its name"
+    )
     encoder: EncoderConfig = EncoderConfig()
     direct: DirectConfig = DirectConfig()
     bank: Annotated[
@@ -195,6 +176,10 @@ class ModelConfig(Section):
     ] = DecoderConfig()
     liif: LIIFConfig = LIIFConfig()
     lte: LTEConfig = LTEConfig()
+    head: Annotated[
+        dict[str, Any],
+        must("empty in a built-in mode", lambda keys, c: not keys or is_import_path(c["mode"])),
+    ] = key({}, "keys of a head from outside gsr, whose import path is the mode")
 
 
 class BlurConfig(Section):
@@ -224,6 +209,23 @@ class JpegConfig(Section):
     twice: Share = key(0.1, "share that is saved a second time, on a shifted grid of blocks")
 
 
+STAGES = ("blur", "noise", "jpeg")
+
+
+class StageConfig(Part):
+    """A step of the degradation."""
+
+    name: Annotated[str, one_of(*STAGES)] = key("", "built-in, or module.name")
+    share: Share = key(1.0, "of the degraded patches")
+
+    @model_validator(mode="after")
+    def _no_keys(self) -> StageConfig:
+        if not is_import_path(self.name) and (self.share != 1 or self.keys):
+            said = f"a name alone: the keys of {self.name} are in its own section"
+            raise ValueError(said, "", to_dict(self))
+        return self
+
+
 class DegradeConfig(Section):
     """Mixture of degradations that LR patches are made with, see `gsr.data.degradations`."""
 
@@ -236,14 +238,24 @@ class DegradeConfig(Section):
     blur: BlurConfig = BlurConfig()
     noise: NoiseConfig = NoiseConfig()
     jpeg: JpegConfig = JpegConfig()
+    stages: list[StageConfig] = key(
+        [StageConfig(name) for name in STAGES], "what is done to LR, in order"
+    )
+
+
+class DatasetConfig(Part):
+    """A dataset of HR images, or of pairs (LR, HR)."""
+
+    name: Annotated[str, one_of()] = key("", "module.Name")
 
 
 class DataConfig(Section):
     """Training and validation images, and the patches that are cut out of them."""
 
-    train: PathName | Annotated[dict[PathName, Positive], Field(min_length=1)] = key(
+    train: Shares = key(
         "data/train", "folder of HR images, searched recursively; or several with their shares"
     )
+    dataset: DatasetConfig | None = key(None, "takes the place of `train`; null: none does")
     val: PathName | None = key(None, "folder of HR images; null: val_count of train, set aside")
     val_count: Count = key(10, "images used for validation")
     patch: int = key(48, "LR patch side, pixels", ge=8, le=4096)
@@ -274,14 +286,46 @@ class DataConfig(Section):
     cache_dir: PathName | None = key(None, "of mmap; null: .gsr-cache in the folder of train")
 
 
+class LossConfig(Part):
+    """A loss, or a term of a sum of losses."""
+
+    name: Annotated[str, one_of("l1", "mse", "charbonnier", "fft")] = key("", "built-in, or a path")
+    weight: Positive = key(1.0, "factor on it")
+    dense: bool | None = key(None, "whole HR patches, not sampled queries; null: as the loss says")
+
+
+class OptimizerConfig(Part):
+    """The optimiser; train.lr is its learning rate."""
+
+    name: Annotated[str, one_of("adam", "adamw")] = key("adam", "built-in, or a path")
+
+
+class ScheduleConfig(Part):
+    """How the learning rate falls."""
+
+    name: Annotated[str, one_of("step", "cosine")] = key("step", "built-in, or a path")
+
+
 class TrainConfig(Section):
     """Optimisation, and what a run writes."""
 
+    loss: Annotated[
+        list[LossConfig],
+        Field(min_length=1),
+        BeforeValidator(lambda terms: terms if isinstance(terms, list) else [terms]),
+    ] = key([LossConfig("l1")], "one, or a list whose weighted sum it is")
+    optimizer: OptimizerConfig = OptimizerConfig()
     steps: Steps | None = key(None, "optimiser steps in total; null: epochs * steps per epoch")
     epochs: Steps = key(2000, "used where steps is null")
-    lr: Positive = key(1e-4, "learning rate of Adam")
-    muon_lr: Positive | None = key(None, "of Muon for the encoder, like 0.01; null: Adam for all")
-    schedule: Literal["step", "cosine"] = key("step", "how the learning rate falls")
+    lr: Positive = key(1e-4, "learning rate")
+    muon_lr: Annotated[
+        Positive | None,
+        must(
+            "null with another optimizer than adam",
+            lambda lr, c: lr is None or c["optimizer"].name == "adam",
+        ),
+    ] = key(None, "of Muon for the encoder, like 0.01; null: one optimiser for all")
+    schedule: ScheduleConfig = ScheduleConfig()
     step_epochs: Steps = key(200, "step: multiply lr by gamma every so many epochs")
     gamma: Positive = key(0.5, "step: factor on lr", le=1)
     warmup: int = key(100, "steps of linear warm-up", ge=0, le=1_000_000_000)
@@ -327,34 +371,6 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
 
 
-# ---- loading ------------------------------------------------------------------------------------
-
-S = TypeVar("S", bound=Section)
-
-
-def to_dict(config: Section) -> dict[str, Any]:
-    """Return a config or a section of one as plain dictionaries and lists; undoes `from_dict`."""
-    return config.model_dump(warnings=False)  # a value of a wrong type is for `check` to refuse
-
-
-def from_dict(cls: type[S], mapping: Any, where: str = "") -> S:
-    """Build the section `cls` from a mapping as a YAML or JSON file gives it.
-
-    Keys left out take their defaults; a section that is null takes all of them. `where` is put
-    before every key in messages, such as "model". Raises one InputError that lists every mistake:
-    unknown keys with the nearest known one, values of the wrong type and values out of range.
-    """
-    return _build(cls, mapping, where, [])
-
-
-def check(config: S) -> S:
-    """Return a copy of a config, or of a section of one, that keeps to every type and limit.
-
-    For configs that were not read by `from_dict`. Raises InputError as that does.
-    """
-    return from_dict(type(config), to_dict(config))
-
-
 def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file into a Config, with overrides such as "train.lr=2e-4" on top.
 
@@ -368,167 +384,6 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Confi
         raise InputError(f"{path} is no text in UTF-8; name a YAML file") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); name a YAML file") from None
-    if mapping is None:  # an empty file
-        mapping = {}
-    mistakes = [found for override in overrides if (found := _override(mapping, override))]
-    return _build(Config, mapping, "", mistakes, f"{path}: ")
-
-
-def _build(cls: type[S], mapping: Any, where: str, mistakes: list[str], prefix: str = "") -> S:
-    """Validate a mapping; raise InputError for its mistakes and for those found before."""
-    try:
-        config = cls.model_validate(mapping)
-    except ValidationError as error:
-        mistakes = [*mistakes, *_mistakes(cls, error, where)]
-    if len(mistakes) == 1:
-        raise InputError(prefix + mistakes[0])
-    if mistakes:
-        raise InputError("\n  ".join([f"{prefix}{len(mistakes)} mistakes", *mistakes]))
-    return config
-
-
-def _override(mapping: Any, override: str) -> str | None:
-    """Put an override into the mapping, or return what is wrong with it."""
-    full, equals, text = override.partition("=")
-    *sections, last = full.split(".")
-    if not equals or not all(full.split(".")):
-        return f"override {override!r} must read section.key=value"
-    try:
-        value = parse_yaml(text, f"override {override!r}")
-    except InputError as error:
-        return str(error)
-    known = _fields(Config)
-    for where in itertools.accumulate(sections, "{}.{}".format):
-        if where in known and not _section(known[where]):
-            return f"{full} is not a key; {where} is a value, not a section"
-    for section in sections:
-        if isinstance(mapping, dict):
-            if mapping.get(section) is None:
-                mapping[section] = {}
-            mapping = mapping[section]
-    if isinstance(mapping, dict):  # else the file has a value there, which validation reports
-        mapping[last] = value
-    return None
-
-
-# ---- messages -----------------------------------------------------------------------------------
-
-# What a value must be, by the type of pydantic's error.
-WRONG_TYPE = {
-    "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
-    "string_type": "text", "list_type": "a list", "dict_type": "a section",
-    "model_type": "a section of keys", "literal_error": "one of {expected}",
-}  # fmt: skip
-OUT_OF_RANGE = {
-    "greater_than": "above {gt}", "greater_than_equal": "at least {ge}",
-    "less_than": "below {lt}", "less_than_equal": "at most {le}",
-    "multiple_of": "a multiple of {multiple_of}", "finite_number": "a finite number",
-    "too_short": "at least {min_length} long", "too_long": "at most {max_length} long",
-}  # fmt: skip
-
-
-def _kinds(field: FieldInfo) -> list[Any]:
-    """The types that a field may have, NoneType apart."""
-    union = get_origin(field.annotation) in (Union, types.UnionType)
-    kinds = get_args(field.annotation) if union else [field.annotation]
-    return [kind for kind in kinds if kind is not type(None)]
-
-
-def _section(field: FieldInfo) -> type[Section] | None:
-    """The class of a field that is a section, or a section or null."""
-    kind, *others = _kinds(field)
-    return kind if isinstance(kind, _Unvalidated) and not others else None
-
-
-def _fields(cls: type[Section], where: str = "") -> dict[str, FieldInfo]:
-    """{key in full: field} of a section and of those below it."""
-    fields = {}
-    for name, field in cls.model_fields.items():
-        fields[_join(where, name)] = field
-        if section := _section(field):
-            fields |= _fields(section, _join(where, name))
-    return fields
-
-
-def _join(where: str, *names: str | int) -> str:
-    """The full name of a key, such as model.encoder.depths[2]."""
-    parts = (f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)
-    return (where + "".join(parts)).removeprefix(".")
-
-
-def _mistakes(cls: type[Section], error: ValidationError, where: str) -> Iterator[str]:
-    """Say in one sentence each what pydantic found wrong."""
-    known = _fields(cls, where)
-    values: dict[str, list[tuple[str, dict]]] = {}  # key: [(that or an item in it, error), ...]
-    for e in error.errors(include_url=False):
-        path = [name for name in e["loc"] if name != "[key]"]
-        if e["type"] in ("extra_forbidden", "invalid_key"):
-            yield _unknown(str(path.pop()), _join(where, *path), list(known))
-            continue
-        if e["type"] == "value_error" and (blamed := e["ctx"]["error"].args[1:]):  # see `must`
-            path[-1], e["input"] = blamed
-        above = [_join(where, *path[:n]) for n in range(len(path) + 1)]
-        depth = max((n for n, full in enumerate(above) if full in known), default=0)
-        if depth and len(_kinds(known[above[depth]])) > 1:
-            del path[depth]  # pydantic's name of the type that it tried
-        values.setdefault(above[depth], []).append((_join(where, *path), e))
-    for full, errors in values.items():
-        # If one of the types that a value may have is the right one, only its errors count.
-        inside = [[one] for one in errors if one[0] != full or one[1]["type"] not in WRONG_TYPE]
-        nullable = full in known and type(None) in get_args(known[full].annotation)
-        for group in inside or [errors]:
-            item, e = group[0]
-            texts = [_must_be(e) for _, e in group] + ["null"] * (nullable and not inside)
-            text = " or ".join(texts)
-            yield f"{item or 'the config'} must be {text}, not {_show(e['input'])}{_hint(e)}"
-
-
-def _must_be(e: dict[str, Any]) -> str:
-    """What a value must be by one of pydantic's errors."""
-    limits = {k: f"{v:.15g}" if isinstance(v, float) else v for k, v in e.get("ctx", {}).items()}
-    if e["type"] == "literal_error":  # 'a', 'b' or 'c'
-        limits["expected"] = limits["expected"].replace("'", "").replace(" or ", ", ")
-    if e["type"] == "float_type" and type(e["input"]) is int:  # larger than any float
-        return OUT_OF_RANGE["finite_number"]
-    if e["type"] == "value_error":  # see `must`
-        return str(e["ctx"]["error"].args[0])
-    text = (WRONG_TYPE | OUT_OF_RANGE).get(e["type"])
-    return text.format(**limits) if text else e["msg"].removeprefix("Input should be ")
-
-
-def _hint(e: dict[str, Any]) -> str:
-    """A guess at what was meant by a value of the wrong type."""
-    value = e["input"]
-    if e["type"] == "string_type" and isinstance(value, (int, float)):
-        return "; put it in quotes"
-    if e["type"] == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    if e["type"] == "literal_error":
-        choices = re.findall("'(.*?)'", e["ctx"]["expected"])
-        close = difflib.get_close_matches(str(value), choices, 1)
-        return f"; did you mean {close[0]}?" if close else ""
-    return ""
-
-
-def _unknown(name: str, where: str, known: list[str]) -> str:
-    """Say which key was meant: one of this section, one of that name elsewhere, or any."""
-    own = [full.rpartition(".")[2] for full in known if full.rpartition(".")[0] == where]
-    elsewhere = {full.rpartition(".")[2]: full for full in reversed(known)}
-    if match := difflib.get_close_matches(name, own, 1):
-        meant = f"did you mean {_join(where, match[0])}?"
-    elif match := difflib.get_close_matches(name.rpartition(".")[2], elsewhere, 1, 0.75):
-        meant = f"did you mean {elsewhere[match[0]]}?"
-    else:
-        meant = f"{where or 'the top level'} knows {', '.join(own)}"
-    return f"{_join(where, name)} is not a key; {meant}"
-
-
-def _show(value: Any) -> str:
-    """A value of a file as messages call it."""
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    if isinstance(value, dict):
-        return "a section" if value else "an empty section"
-    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    mapping = {} if mapping is None else mapping  # an empty file
+    mistakes = [found for text in overrides if (found := override(Config, mapping, text))]
+    return build(Config, mapping, "", mistakes, f"{path}: ")

@@ -1,4 +1,4 @@
-"""Optimisers: Adam, and Muon for the hidden convolutions of the encoder with Adam for the rest.
+"""Optimisers and learning rates; Muon for the hidden convolutions of the encoder, Adam beside it.
 
 Muon (Jordan et al., 2024) moves a weight matrix along its momentum with all singular values set to
 about one, so that no direction of the features is learnt late. It is meant for hidden layers: what
@@ -7,11 +7,14 @@ reads the image, what makes the output, and biases stay with Adam.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gsr import parts
 from gsr.config import TrainConfig
 from gsr.errors import InputError
 
@@ -24,15 +27,17 @@ class MuonWithAdam(torch.optim.Optimizer):
         others: all other parameters.
         muon_lr: of Muon; an update has singular values of about this, or a little more where a
             matrix is taller than wide.
-        lr: of Adam.
+        lr, keys: of Adam.
     """
 
-    def __init__(self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, lr: float):
+    def __init__(
+        self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, lr: float, **keys: Any
+    ):
         # Muon takes matrices alone: views of the weights, in the same memory.
         self.matrices = [(weight, _as_matrix(weight)) for weight in matrices]
         views = [view for _, view in self.matrices]
         self.muon = torch.optim.Muon(views, lr=muon_lr, weight_decay=0.0)
-        self.adam = torch.optim.Adam(others, lr=lr)
+        self.adam = torch.optim.Adam(others, lr=lr, **keys)
         super().__init__([*matrices, *others], {})
         self.param_groups = [*self.adam.param_groups, *self.muon.param_groups]
 
@@ -70,20 +75,41 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return nn.Parameter(_flat(weight.detach(), like=weight), requires_grad=True)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that `train.lr` and `train.muon_lr` describe, for a model on its device.
+OPTIMIZERS = {"adam": "gsr.optim.adam", "adamw": "torch.optim.AdamW"}
+SCHEDULES = {"step": "gsr.optim.step_schedule", "cosine": "gsr.optim.cosine_schedule"}
 
-    Every group has its rate as "initial_lr", which the schedule scales.
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that `train.optimizer` names, for a model on its device.
+
+    A class of torch.optim.Optimizer is called with the model's parameters, a function with the
+    model; both with `train.lr` as lr, and the keys that the config has for it. Every group has its
+    rate as "initial_lr", which the schedule scales.
+
+    Raises:
+        InputError: a name that cannot be found, or a key that the optimiser does not take.
     """
-    optimizer = _make(model, config)
+    part, keys = config.optimizer, config.optimizer.keys
+    if "lr" in keys:
+        raise InputError("train.optimizer.lr is not a key; set train.lr")
+    keys["lr"] = config.lr
+    maker = parts.find(part.name, OPTIMIZERS, "train.optimizer")
+    if part.name == "adam" and config.muon_lr is not None:
+        keys["muon_lr"] = config.muon_lr
+    own_class = isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer)
+    given = model.parameters() if own_class else model
+    optimizer = parts.make(maker, (given,), keys, f"train.optimizer: {part.name}")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
 
 
-def _make(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    if config.muon_lr is None:
-        return torch.optim.Adam(model.parameters(), lr=config.lr)
+def adam(
+    model: nn.Module, lr: float, muon_lr: float | None = None, **keys: Any
+) -> torch.optim.Optimizer:
+    """torch.optim.Adam with these keys; with `muon_lr`, Muon for the encoder's convolutions."""
+    if muon_lr is None:
+        return torch.optim.Adam(model.parameters(), lr=lr, **keys)
     if not hasattr(torch.optim, "Muon"):
         raise InputError(
             f"train.muon_lr needs torch 2.9 or newer, not {torch.__version__}: update it, or set "
@@ -96,4 +122,39 @@ def _make(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     ]
     taken = {id(weight) for weight in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
-    return MuonWithAdam(matrices, others, muon_lr=config.muon_lr, lr=config.lr)
+    return MuonWithAdam(matrices, others, muon_lr=muon_lr, lr=lr, **keys)
+
+
+# ---- learning rate ------------------------------------------------------------------------------
+
+
+def make_schedule(config: TrainConfig, total: int, per_epoch: int) -> Callable[[int, float], float]:
+    """The learning rate as a function of (step, rate at first), so that nothing is to be resumed.
+
+    `train.schedule` names a function of (step, total), steps from 0 and their number, and of the
+    keys that the config has for it, to a factor on the rate; the warm-up is a factor of its own.
+
+    Raises:
+        InputError: a name that cannot be found, or a key that the schedule does not take.
+    """
+    part, keys = config.schedule, config.schedule.keys
+    schedule = parts.find(part.name, SCHEDULES, "train.schedule")
+    if part.name == "step":
+        keys |= {"every": per_epoch * config.step_epochs, "gamma": config.gamma}
+    parts.check_keys(schedule, (0, total), keys, f"train.schedule: {part.name}")
+
+    def learning_rate(step: int, lr: float) -> float:
+        warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+        return lr * warm * schedule(step, total, **keys)
+
+    return learning_rate
+
+
+def step_schedule(step: int, total: int, every: int, gamma: float) -> float:
+    """Multiplied by gamma after every so many steps."""
+    return gamma ** (step // every)
+
+
+def cosine_schedule(step: int, total: int) -> float:
+    """Half a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))

@@ -27,14 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from gsr import distributed
 from gsr.config import Config, ModelConfig, load_config, to_dict
-from gsr.data.patches import downscale
+from gsr.data.degradations import degrade
+from gsr.data.patches import Item, read_item
 from gsr.device import has_fast_bf16
 from gsr.errors import InputError
-from gsr.io.image import read_image, remove_left_over, to_tensor, to_uint8, write_atomic
+from gsr.io.image import remove_left_over, to_tensor, to_uint8, write_atomic
 from gsr.io.paths import check_path, lock_folder, make_folder
 from gsr.metrics import psnr
 from gsr.models import GaussianSR
@@ -65,7 +67,9 @@ class Run:
             or images, or another training is at work in it (this one on entering the context).
     """
 
-    def __init__(self, config: Config, images: dict[str, Iterable[Path]], resume: bool = False):
+    def __init__(
+        self, config: Config, images: dict[str, Iterable[Path | Item]], resume: bool = False
+    ):
         self.config, self.resume, self.leads = config, resume, distributed.rank() == 0
         self.folder = check_path(Path(config.output) / config.name)
         self.state, self.log_file = self.folder / "state.pt", self.folder / "log.jsonl"
@@ -121,7 +125,8 @@ class Run:
         if not self.state.exists():
             raise InputError(f"{self.state} does not exist: start the run without --resume")
         # A cosine depends on the number of steps; the step schedule may go on for longer.
-        longer = {"train.steps", "train.epochs"} if self.config.train.schedule == "step" else set()
+        steps = self.config.train.schedule.name == "step"
+        longer = {"train.steps", "train.epochs"} if steps else set()
         changed = different_keys(load_config(self.folder / "config.yaml"), self.config)
         if changed := [key for key in changed if key not in MAY_CHANGE | longer]:
             raise InputError(
@@ -211,7 +216,8 @@ class Run:
         metrics = validate(model, pairs)
         self.log("val", step, **metrics)
         model.bf16_loss = bf16_loss(model, pairs, metrics)
-        show(self.board, model, next(pair for pair in pairs if pair[0] == SHOWN_SCALE), step)
+        shown = next((pair for pair in pairs if pair[0] == SHOWN_SCALE), pairs[0])
+        show(self.board, model, shown, step)
         if metrics["psnr"] > self.best:
             self.best = metrics["psnr"]
             save_model(self.folder / "best", model)
@@ -239,11 +245,13 @@ def open_board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step)
 
 
-def describe_images(paths: Iterable[Path], folders: Sequence[str]) -> str:
+def describe_images(images: Iterable[Path | Item], folders: Sequence[str]) -> str:
     """How many images, and which: by a hash of their paths below the folders, of any place."""
     names = [
-        next(path.relative_to(f) for f in folders if path.is_relative_to(f)).as_posix()
-        for path in paths
+        next(image.relative_to(f) for f in folders if image.is_relative_to(f)).as_posix()
+        if isinstance(image, Path)
+        else str(image)
+        for image in images
     ]
     digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
     return f"{len(names)} images ({digest[:16]} by their names)"
@@ -298,20 +306,34 @@ def check_alive(model: GaussianSR, step: int, before: bool) -> bool:
 # ---- validation ---------------------------------------------------------------------------------
 
 
-def validation_pairs(paths: Iterable[Path]) -> list[tuple[int, Tensor, Tensor]]:
-    """(scale, LR [1, 3, h, w], HR [1, 3, H, W]) of the centre of every image at every scale."""
+def validation_pairs(images: Iterable[Path | Item]) -> list[tuple[int, Tensor, Tensor]]:
+    """(scale, LR [1, 3, h, w], HR [1, 3, H, W]) of the centre of every image at every scale.
+
+    Of one that comes with its own LR, at the scale of that.
+    """
     pairs = []
-    for path in paths:
-        image = read_image(path)
-        side = min(*image.shape[:2], VAL_SIDE) // 24 * 24
+    for name in images:
+        image = read_item(name)
+        own, image = image if isinstance(image, tuple) else (None, image)
+        step = 24 if own is None else len(image) // len(own)
+        side = min(*image.shape[:2], VAL_SIDE) // step * step
         if side < 48:
-            raise InputError(f"{path} is smaller than the 48 x 48 pixels that validation needs")
-        y, x = ((n - side) // 2 for n in image.shape[:2])
-        hr = image[y : y + side, x : x + side]
+            raise InputError(f"{name} is smaller than the 48 x 48 pixels that validation needs")
+        if own is not None:
+            lr, hr = _centre(own, side // step), _centre(image, side, step)
+            pairs.append((step, to_tensor(lr), to_tensor(hr)))
+            continue
+        hr = _centre(image, side)
         for scale in VAL_SCALES:
-            lr = downscale(np.ascontiguousarray(hr), (side // scale, side // scale))
-            pairs.append((scale, to_tensor(lr), to_tensor(hr)))
+            lr = degrade(Image.fromarray(hr), side // scale, (0, 0, side, side))
+            pairs.append((scale, to_tensor(np.asarray(lr)), to_tensor(hr)))
     return pairs
+
+
+def _centre(image: np.ndarray, side: int, step: int = 1) -> np.ndarray:
+    """The square in the middle of an image [H, W, 3], from a multiple of `step` on."""
+    y, x = ((n - side) // (2 * step) * step for n in image.shape[:2])
+    return np.ascontiguousarray(image[y : y + side, x : x + side])
 
 
 @torch.inference_mode()
@@ -319,10 +341,10 @@ def validate(model: GaussianSR, pairs: Iterable[tuple[int, Tensor, Tensor]]) -> 
     """Mean RGB PSNR per scale, 6 pixels shaved, and the mean over scales as "psnr"."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.eval()
-    values = {scale: [] for scale in VAL_SCALES}
+    values: dict[int, list[float]] = {}
     for scale, lr, hr in pairs:
         out = model(lr.to(device), size=hr.shape[-2:], scale=scale).clamp(0, 1).cpu()
-        values[scale].append(psnr(out, hr, shave=6))
+        values.setdefault(scale, []).append(psnr(out, hr, shave=6))
     model.train()
     means = {f"x{scale}": sum(v) / len(v) for scale, v in values.items()}
     return {"psnr": sum(means.values()) / len(means), **means}

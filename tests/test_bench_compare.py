@@ -287,7 +287,7 @@ def test_as_processes(done, tmp_path, monkeypatch):
      ("train__device", "cpu"), ("data__workers", 1)],
 )  # fmt: skip
 def test_differences_are_named(key, value, tmp_path):
-    with pytest.raises(InputError, match=rf"{key.replace('__', '.')} \(.*b.yaml\)"):
+    with pytest.raises(InputError, match=rf"{key.replace('__', '.')}(\.name)? \(.*b.yaml\)"):
         compared(both(tmp_path, **{key: value}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -458,3 +458,18 @@ def test_with_and_without_matplotlib(copied, monkeypatch):
     (out / "a-seed0" / RESULT).unlink()
     compared(configs, out)
     assert (out / "comparison.md").exists() and not (out / "comparison.png").exists()
+
+
+def test_models_with_an_encoder_of_ones_own(tmp_path, monkeypatch):
+    """Each script is told to import what the config names, and so is the comparison itself."""
+    own = "tests.own_parts"
+    config = write_config(tmp_path / "a.yaml", "a", model__encoder={"name": f"{own}.Plain"})
+
+    def forgetful(name, *argv):
+        in_process(name, *argv)
+        sys.modules.pop(own, None)
+
+    sys.modules.pop(own, None)
+    monkeypatch.setattr(compare, "run_script", forgetful)
+    report = compared([config], tmp_path / "out", "--seeds", 1)
+    assert not report["errors"] and [*report["results"]] == ["a-seed0"]

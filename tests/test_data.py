@@ -17,7 +17,6 @@ from gsr.data.patches import (
     Draw,
     PatchDataset,
     ScaleBatchSampler,
-    downscale,
     make_loader,
     micro_batch,
     pixel_coords,
@@ -340,14 +339,6 @@ def test_coordinates():
     coord = pixel_coords(torch.arange(6), (2, 3))
     expected = [(y, x) for y in (-0.5, 0.5) for x in (-2 / 3, 0, 2 / 3)]
     torch.testing.assert_close(coord, torch.tensor(expected))
-
-
-def test_downscale_keeps_the_axes():
-    hr = np.zeros((8, 12, 3), np.uint8)
-    hr[:, 6:] = 200
-    lr = downscale(hr, (4, 6))
-    assert lr.shape == (4, 6, 3)
-    assert lr[0, 0, 0] < 20 and lr[0, 5, 0] > 180
 
 
 def test_bad_data(folder, tmp_path):

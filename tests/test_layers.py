@@ -8,8 +8,9 @@ import pytest
 GSR = Path(__file__).parents[1] / "gsr"
 # From the bottom up; what stands in one line does not import each other.
 LAYERS = [
-    ("errors",), ("io",), ("config",), ("device",), ("kernels", "ops"), ("models",), ("inference",),
-    ("distributed", "metrics", "optim"), ("data",), ("describe",), ("viz",),
+    ("errors",), ("io", "parts"), ("schema",), ("config",), ("device",), ("kernels", "ops"),
+    ("models",), ("inference",),
+    ("distributed", "losses", "metrics", "optim"), ("data",), ("describe",), ("viz",),
     ("evaluation", "runs"), ("cli",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from gsr import viz as inspection
-from gsr.config import load_config
+from gsr.config import ScheduleConfig, load_config
 from gsr.data.patches import Batch, pixel_coords, split_images
 from gsr.errors import InputError
 from gsr.io.image import list_images, to_uint8
@@ -28,10 +28,10 @@ from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model, save_model
 from gsr.models.heads.bank import assign
 from gsr.ops.resize import bicubic
+from gsr.optim import make_schedule
 from gsr.runs import VAL_SCALES, validate, validation_pairs
 from gsr.viz import draw_gaussians
 from tests.children import finish, start
-from train import learning_rate
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "tests" / "data" / "photos"
@@ -437,14 +437,16 @@ def test_the_real_drawing_of_gaussians(tmp_path):
 
 def test_schedules():
     c = config("unused").train
-    c.schedule, c.lr, c.gamma, c.step_epochs, c.warmup = "step", 1.0, 0.5, 2, 0
-    assert [learning_rate(c, s, 100, 3, c.lr) for s in (0, 5, 6, 11, 12)] == [1, 1, 0.5, 0.5, 0.25]
-    c.schedule = "cosine"
-    assert learning_rate(c, 0, 100, 3, c.lr) == 1
-    assert abs(learning_rate(c, 50, 100, 3, c.lr) - 0.5) < 1e-12
-    assert learning_rate(c, 99, 100, 3, c.lr) < 1e-3
+    c.schedule, c.gamma, c.step_epochs, c.warmup = ScheduleConfig("step"), 0.5, 2, 0
+    rate = make_schedule(c, total=100, per_epoch=3)
+    assert [rate(s, 1.0) for s in (0, 5, 6, 11, 12)] == [1, 1, 0.5, 0.5, 0.25]
+    c.schedule = ScheduleConfig("cosine")
+    rate = make_schedule(c, 100, 3)
+    assert rate(0, 1.0) == 1
+    assert abs(rate(50, 1.0) - 0.5) < 1e-12
+    assert rate(99, 1.0) < 1e-3
     c.warmup = 10
-    assert abs(learning_rate(c, 0, 10**9, 3, c.lr) - 0.1) < 1e-6
+    assert abs(make_schedule(c, 10**9, 3)(0, 1.0) - 0.1) < 1e-6
 
 
 def test_validation_measures(tmp_path):
@@ -549,7 +551,7 @@ def test_the_schedule_is_applied(tmp_path):
     go(c)
     rows = [json.loads(line) for line in open(tmp_path / "smoke" / "log.jsonl")]
     rates = [row["lr"] for row in rows if row["kind"] == "train"]
-    assert rates == [learning_rate(c.train, s, 10, 1, c.train.lr) for s in range(10)]
+    assert rates == [make_schedule(c.train, 10, 1)(s, c.train.lr) for s in range(10)]
     assert rates[0] < rates[3] and rates[9] < rates[4] / 4
 
 

@@ -1,11 +1,11 @@
 """Degradations: how the LR images that people have differ from a clean bicubic reduction.
 
-A `Mixture` says, for a share of the training patches, how LR is made of HR: the resampling kernel,
-then blur, noise and JPEG, in the order of the classical degradation model (Zhang et al.,
-"Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021). Every
-function takes its random numbers from a generator that the caller seeds, so that a patch is a
-function of (seed, step, place in the batch). To add one, write a function of (LR image, its section
-of the config, generator) and name it in `STAGES`, and its section in `gsr.config.DegradeConfig`.
+`data.degrade` says, for a share of the training patches, how LR is made of HR: the resampling
+kernel, then blur, noise and JPEG, in the order of the classical degradation model (Zhang et al.,
+"Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021), or in
+that of `stages`, which may name functions of one's own: (LR image, generator, **keys) to an image
+of that size. Every function takes its random numbers from a generator that the caller seeds, so
+that a patch is a function of (seed, step, place in the batch).
 
 LR images are Pillow images in RGB: their filters and their JPEG encoder are those of the files that
 people have.
@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from gsr import parts
+from gsr.errors import InputError
 
 if TYPE_CHECKING:
     from gsr.config import BlurConfig, DegradeConfig, JpegConfig, NoiseConfig
@@ -101,22 +104,36 @@ def save_jpeg(image: Image.Image, quality: int, subsampling: str = "420") -> Ima
     return Image.open(file).convert("RGB")
 
 
-# In the order in which they happen to an image; each is a section of `gsr.config.DegradeConfig`.
+# Each has its keys in a section of that name in `gsr.config.DegradeConfig`.
 STAGES: dict[str, Callable] = {"blur": blur, "noise": noise, "jpeg": jpeg}
+
+
+OWN = "data.degrade.stages"  # where functions of the user's own are named
+
+
+def check_stages(config: DegradeConfig | None) -> None:
+    """Raise InputError unless the functions that a config names are there and take their keys."""
+    for stage in config.stages if config else ():
+        if stage.name not in STAGES:
+            function = parts.find(stage.name, {}, OWN)
+            parts.check_keys(function, (None, None), stage.keys, f"{OWN}: {stage.name}")
 
 
 def degrade(
     hr: Image.Image,
     size: int,
     box: tuple[float, float, float, float],
-    config: DegradeConfig | None,
-    rng: np.random.Generator,
+    config: DegradeConfig | None = None,
+    rng: np.random.Generator | None = None,
 ) -> Image.Image:
     """LR patch of `size` x `size` pixels from the square `box` (left, top, right, bottom) of `hr`.
 
     Without a config, and for the share `config.clean` of patches, it is Pillow's antialiased
-    bicubic and nothing else. The resampling filters read what `hr` holds around the box, and so do
-    the degradations, up to `MARGIN` LR pixels.
+    bicubic and nothing else, which needs no generator. The resampling filters read what `hr` holds
+    around the box, and so do the degradations, up to `MARGIN` LR pixels.
+
+    Raises:
+        InputError: a function of the user's own returns an image of another size or mode.
     """
     if config is None or rng.random() < config.clean:
         return hr.resize((size, size), Image.Resampling.BICUBIC, box)
@@ -133,8 +150,18 @@ def degrade(
         min(box[2] + right * pitch, hr.width), min(box[3] + bottom * pitch, hr.height),
     )  # fmt: skip
     lr = hr.resize((left + size + right, top + size + bottom), kernel, wide)
-    for name, stage in STAGES.items():
-        section = getattr(config, name)
-        if rng.random() < section.share:
-            lr = stage(lr, section, rng)
+    for stage in config.stages:
+        built_in = stage.name in STAGES
+        section = getattr(config, stage.name) if built_in else stage
+        if rng.random() >= section.share:
+            continue
+        if built_in:
+            lr = STAGES[stage.name](lr, section, rng)
+            continue
+        before, lr = lr, parts.find(stage.name, {}, OWN)(lr, rng, **stage.keys)
+        if (lr.size, lr.mode) != (before.size, "RGB"):
+            raise InputError(
+                f"{OWN}: {stage.name} makes an image of {lr.size} in {lr.mode} of one of "
+                f"{before.size} in RGB; it must keep both"
+            )
     return lr.crop((left, top, left + size, top + size))

@@ -15,8 +15,9 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gsr import distributed
+from gsr import distributed, parts
 from gsr.config import BYTES, DataConfig
-from gsr.data.degradations import MARGIN, degrade
+from gsr.data.degradations import MARGIN, check_stages, degrade
 from gsr.errors import InputError
 from gsr.io.image import TEMPORARY, list_images, read_image, write_atomic
 from gsr.io.paths import make_folder
 
+T = TypeVar("T")
 CACHE_DIR = ".gsr-cache"  # in the folder of the pictures, where `list_images` does not look
 
 
@@ -57,41 +59,96 @@ class Draw(NamedTuple):
     key: tuple[int, ...]  # seeds this patch's own random numbers
 
 
-def split_images(config: DataConfig) -> tuple[dict[Path, int], list[Path]]:
-    """The images to train on, with the visits to each in an epoch, and those to validate on.
+@dataclass(frozen=True, eq=False)
+class Item:
+    """An image of a dataset of the user's own: `data.dataset`."""
 
-    One folder's images are visited `repeat` times each. Of several folders, an epoch has as many
-    visits in all, shared as `data.train` says, to the nearest whole number of visits an image.
+    dataset: Any
+    index: int
+
+    def __str__(self) -> str:
+        return f"data.dataset: item {self.index}"
+
+
+def read_item(item: Path | Item) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """HR as uint8 [H, W, 3], from a file or a dataset; of one that has pairs, (LR, HR).
 
     Raises:
-        InputError: a folder is missing or has no images, or none would be left to train on.
+        InputError: an unreadable file, or a dataset that gives anything else.
     """
-    shares = config.train if isinstance(config.train, dict) else {config.train: 1.0}
-    folders = {folder: list_images(folder) for folder in shares}
-    everything = [path for paths in folders.values() for path in paths]
+    if isinstance(item, Path):
+        return read_image(item)
+    given = item.dataset[item.index]
+    images = [np.asarray(image) for image in (given if isinstance(given, tuple) else (given,))]
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(
+                f"{item} is {image.dtype} {list(image.shape)}; an image is uint8 [H, W, 3]"
+            )
+    if len(images) == 1:
+        return images[0]
+    lr, hr = images
+    scale = hr.shape[0] // lr.shape[0]
+    if hr.shape != (scale * lr.shape[0], scale * lr.shape[1], 3):
+        raise InputError(
+            f"{item} is a pair of LR {list(lr.shape)} and HR {list(hr.shape)}; HR must be a whole "
+            "number of times larger"
+        )
+    return lr, hr
+
+
+def list_items(config: DataConfig) -> dict[str, list[Path | Item]]:
+    """The images of each folder of `data.train`, or those of the one `data.dataset`."""
+    if config.dataset is None:
+        folders = config.train if isinstance(config.train, dict) else [config.train]
+        return {folder: list_images(folder) for folder in folders}
+    name, key = config.dataset.name, f"data.dataset: {config.dataset.name}"
+    dataset = parts.make(parts.find(name, {}, "data.dataset"), (), config.dataset.keys, key)
+    count = len(dataset) if hasattr(dataset, "__len__") else 0
+    if not count:
+        raise InputError(f"{key} has no items: it must have __len__, from 1, and __getitem__")
+    return {name: [Item(dataset, i) for i in range(count)]}
+
+
+def split_images(config: DataConfig) -> tuple[dict[Path | Item, int], list[Path | Item]]:
+    """The images to train on, with the visits to each in an epoch, and those to validate on.
+
+    One folder's images are visited `repeat` times each, and so are those of a dataset. Of several
+    folders, an epoch has as many visits in all, shared as `data.train` says, to the nearest whole
+    number of visits an image.
+
+    Raises:
+        InputError: a folder is missing or has no images, or none would be left to train on; the
+            dataset cannot be made.
+    """
+    folders = list_items(config)
+    shares = {folder: 1.0 for folder in folders}
+    if config.dataset is None and isinstance(config.train, dict):
+        shares = config.train
+    everything = [item for items in folders.values() for item in items]
     if config.val is not None:
         val = spread(list_images(config.val), config.val_count)
     else:
         val = spread(everything, config.val_count)
-        for folder, paths in folders.items():
-            folders[folder] = [path for path in paths if path not in val]
+        for folder, items in folders.items():
+            folders[folder] = [item for item in items if item not in val]
             if not folders[folder]:
                 raise InputError(
-                    f"data.train: {folder} holds {len(paths)} images, and data.val_count "
+                    f"data.train: {folder} holds {len(items)} images, and data.val_count "
                     f"{config.val_count} would set all of them aside: lower data.val_count or set "
                     "data.val"
                 )
     visits = config.repeat * sum(map(len, folders.values())) / sum(shares.values())
     train = {
-        path: max(1, round(visits * shares[folder] / len(paths)))
-        for folder, paths in folders.items()
-        for path in paths
+        item: max(1, round(visits * shares[folder] / len(items)))
+        for folder, items in folders.items()
+        for item in items
     }
     return train, val
 
 
-def spread(paths: list[Path], count: int) -> list[Path]:
-    """`count` of the paths, evenly spaced: neighbours in a folder are often alike."""
+def spread(paths: list[T], count: int) -> list[T]:
+    """`count` of the items, evenly spaced: neighbours in a folder are often alike."""
     count = min(count, len(paths))
     return [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
 
@@ -105,11 +162,6 @@ def pixel_coords(index: Tensor, size: tuple[int, int]) -> Tensor:
     yx = torch.stack([index // w, index % w], dim=-1).float()
     n = torch.tensor([h, w], dtype=torch.float32)
     return -1 + 1 / n + (2 / n) * yx
-
-
-def downscale(hr: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pillow's antialiased bicubic to `size` (h, w); uint8 [H, W, 3] to uint8 [h, w, 3]."""
-    return np.asarray(Image.fromarray(hr).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def to_bytes(amount: str | None) -> float:
@@ -205,24 +257,28 @@ class MappedPictures:
 class PatchDataset(Dataset):
     """Patches of images, indexed by `Draw`.
 
-    Every picture is decoded once here, or read from the cache, so that a bad one is found before
-    the first step and not hours into a training. Several processes of a machine share this work.
+    Every file is decoded once here, or read from the cache, so that a bad one is found before the
+    first step and not hours into a training. Several processes of a machine share this work. A
+    dataset of the user's own is neither looked through nor cached.
 
     Args:
         train: HR images, each with its visits in an epoch.
         config: `patch`, `queries`, `scale_max`, `degrade` and what concerns the cache are used.
+        dense: all pixels of an HR patch are its queries, row by row.
 
     Raises:
         InputError: a picture is unreadable, or smaller than the largest crop, or the cache cannot
             be written.
     """
 
-    def __init__(self, train: Mapping[Path, int], config: DataConfig):
+    def __init__(self, train: Mapping[Path | Item, int], config: DataConfig, dense: bool = False):
         self.paths, self.visits, self.config = list(train), list(train.values()), config
-        paths = self.paths
+        self.dense = dense
+        check_stages(config.degrade)
+        paths = [path for path in self.paths if isinstance(path, Path)]  # all or none
         self.memory: dict[int, np.ndarray] = {}
         self.mapped: MappedPictures | None = None
-        kind = config.cache
+        kind = config.cache if paths else "none"
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
             first = config.train if isinstance(config.train, str) else next(iter(config.train))
@@ -233,27 +289,29 @@ class PatchDataset(Dataset):
             if kind == "memory" and i < cached:  # each process has its own
                 self.memory[i] = read_image(path)
             if i in self.memory or i % places == place:
-                self._check(path, self._picture(i))
+                self._picture(i)
         distributed.agree()  # from here on all pictures are known to be good, and all files there
         if self.mapped and place == 0:
             self.mapped.remove_outdated()
 
-    def _check(self, path: Path, picture: np.ndarray) -> None:
-        c, (height, width) = self.config, picture.shape[:2]
+    def _picture(self, i: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Picture i from where it is kept, else as `read_item` gives it."""
+        if i in self.memory:
+            picture = self.memory[i]
+        elif self.mapped and i < len(self.mapped):
+            picture = self.mapped[i]
+        else:
+            picture = read_item(self.paths[i])
+        hr = picture[-1] if isinstance(picture, tuple) else picture
+        c, (height, width) = self.config, hr.shape[:2]
         largest = round(c.patch * c.scale_max)
         if min(height, width) < largest:
             raise InputError(
-                f"{path} is {width} x {height} pixels, smaller than the largest crop {largest} "
-                f"(data.patch {c.patch} x data.scale_max {c.scale_max}): remove it or lower either"
+                f"{self.paths[i]} is {width} x {height} pixels, smaller than the largest crop "
+                f"{largest} (data.patch {c.patch} x data.scale_max {c.scale_max}): remove it or "
+                "lower either"
             )
-
-    def _picture(self, i: int) -> np.ndarray:
-        """Picture i from where it is kept, else from its own file: uint8 [H, W, 3]."""
-        if i in self.memory:
-            return self.memory[i]
-        if self.mapped and i < len(self.mapped):
-            return self.mapped[i]
-        return read_image(self.paths[i])
+        return picture
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -262,20 +320,15 @@ class PatchDataset(Dataset):
         """LR [3, p, p] uint8, HR indices [Q], HR pixels [Q, 3] uint8, scale, seed of the noise."""
         rng = np.random.default_rng(draw.key)
         picture = self._picture(draw.index)
-        p = self.config.patch
-        side = round(p * draw.scale)
-        y, x = (int(rng.integers(0, n - side + 1)) for n in picture.shape[:2])
-        hr = picture[y : y + side, x : x + side]
-        # Degradations reach beyond the patch; without them, as published, nothing does.
-        around = 0 if self.config.degrade is None else math.ceil((MARGIN + 4) * side / p)
-        top, left = max(0, y - around), max(0, x - around)
-        near = picture[top : y + side + around, left : x + side + around]
-        box = (x - left, y - top, x - left + side, y - top + side)
-        near = Image.fromarray(np.ascontiguousarray(near))
-        lr = np.asarray(degrade(near, p, box, self.config.degrade, rng))
+        cut = self._cut_pair if isinstance(picture, tuple) else self._cut
+        lr, hr = cut(picture, draw, rng)
         flip_y, flip_x, transpose = rng.random(3) < 0.5
         lr, hr = (_augment(a, flip_y, flip_x, transpose) for a in (lr, hr))
-        index = rng.choice(side * side, self.config.queries, replace=False)
+        pixels = hr.shape[0] * hr.shape[1]
+        if self.dense:
+            index = np.arange(pixels)
+        else:
+            index = rng.choice(pixels, self.config.queries, replace=False)
         return (
             torch.from_numpy(lr.transpose(2, 0, 1).copy()),
             torch.from_numpy(index),
@@ -283,6 +336,37 @@ class PatchDataset(Dataset):
             draw.scale,
             int(rng.integers(2**63)),
         )
+
+    def _cut(
+        self, picture: np.ndarray, draw: Draw, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """LR and HR of a patch of an HR image."""
+        p = self.config.patch
+        side = round(p * draw.scale)
+        y, x = (int(rng.integers(0, n - side + 1)) for n in picture.shape[:2])
+        # Degradations reach beyond the patch; without them, as published, nothing does.
+        around = 0 if self.config.degrade is None else math.ceil((MARGIN + 4) * side / p)
+        top, left = max(0, y - around), max(0, x - around)
+        near = picture[top : y + side + around, left : x + side + around]
+        box = (x - left, y - top, x - left + side, y - top + side)
+        near = Image.fromarray(np.ascontiguousarray(near))
+        lr = np.asarray(degrade(near, p, box, self.config.degrade, rng))
+        return lr, picture[y : y + side, x : x + side]
+
+    def _cut_pair(
+        self, pair: tuple[np.ndarray, np.ndarray], draw: Draw, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """LR and HR of a patch of an image that comes with its own LR."""
+        (lr, hr), p = pair, self.config.patch
+        scale = len(hr) // len(lr)
+        if scale != draw.scale:
+            raise InputError(
+                f"{self.paths[draw.index]} is a pair of scale {scale}: set data.scale_min and "
+                "data.scale_max to that"
+            )
+        y, x = (int(rng.integers(0, n - p + 1)) for n in lr.shape[:2])
+        patch = hr[scale * y : scale * (y + p), scale * x : scale * (x + p)]
+        return lr[y : y + p, x : x + p], patch
 
 
 def _augment(a: np.ndarray, flip_y: bool, flip_x: bool, transpose: bool) -> np.ndarray:

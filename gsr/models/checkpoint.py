@@ -41,6 +41,9 @@ def load(path: str | os.PathLike | None = None) -> GaussianSR:
             other lossy files, noise and blur; or a path, see `load_model` ("./lite" is a folder of
             that name).
 
+    A folder whose config names code from outside gsr (docs/extend.md) loads only if you have
+    imported the module before: loading never imports what a file names.
+
     Raises:
         InputError: as `load_model`, or this installation lacks the bundled model.
     """
@@ -59,9 +62,10 @@ def load(path: str | os.PathLike | None = None) -> GaussianSR:
 def load_model(path: str | os.PathLike) -> GaussianSR:
     """A GaussianSR from a folder that `save_model` wrote, or from a published .pth file.
 
-    On the CPU, in float32 and in evaluation mode. Nothing in the folder is ever executed. Raises
-    InputError if something is missing, damaged, of an unknown format, or if the tensors are not
-    exactly those that the config calls for.
+    On the CPU, in float32 and in evaluation mode. Nothing in the folder is ever executed, and
+    no module imported that its config names. Raises InputError if something is missing, damaged, of
+    an unknown format, made with code that is not imported, or if the tensors are not exactly those
+    that the config calls for.
     """
     path = check_path(path)
     if not path.exists():
@@ -75,7 +79,13 @@ def load_model(path: str | os.PathLike) -> GaussianSR:
         from gsr.models.published import load_published
 
         return load_published(path)
+    from gsr.models.registry import check_imported
+
     content = _read_config(path / "config.json")
+    try:
+        check_imported(content.model)
+    except InputError as error:
+        raise InputError(f"{path / 'config.json'}: {error}") from None
     tensors = _read_tensors(path / "model.safetensors")
     refusal = f"{path / 'model.safetensors'} does not fit its config.json"
     model = assemble(content.model, tensors, refusal)
@@ -99,8 +109,11 @@ def assemble(
     import torch
 
     from gsr.models import GaussianSR
+    from gsr.models.registry import own_parts
 
-    with torch.device("meta"):  # names and shapes only: nothing is allocated or drawn
+    # Names and shapes only: nothing is allocated or drawn. What is not of gsr might hold more than
+    # its weights, which would have no values there.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if own_parts(config) else "meta"):
         model = GaussianSR(config)
     want = model.state_dict()
     faults = [f"{named(name)} is unknown" for name in tensors if name not in want]

@@ -9,8 +9,8 @@ A mode is a head, a module with
     rows_needed(rows, *, lr_size, size, scale)                 what `render` needs for some rows
 
 as the methods of `GaussianSR` describe them. `direct`, `field` and `official` splat; `liif`, `lte`
-and `bicubic` are what they are compared with. To add one, write the class, name it in
-`gsr.models.registry` and the mode in `gsr.config.ModelConfig`.
+and `bicubic` are what they are compared with. A head or encoder of one's own is named by its import
+path in the config: docs/extend.md.
 """
 
 from __future__ import annotations

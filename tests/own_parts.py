@@ -1,0 +1,89 @@
+"""What a user might write in a module of their own, right and wrong."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+
+class Plain(nn.Module):
+    """Convolutions; says any halo."""
+
+    def __init__(self, n_feats, depth=2, halo=None, whole=False):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, n_feats, 3, padding=1),
+            *(nn.Conv2d(n_feats, n_feats, 3, padding=1) for _ in range(depth - 1)),
+        )
+        self.halo = None if whole else depth if halo is None else halo
+
+    def forward(self, lr):
+        return self.body(lr)
+
+
+class Attention(Plain):
+    """Channel attention over the whole image."""
+
+    def forward(self, lr):
+        x = self.body(lr)
+        return x * torch.sigmoid(10 * x.mean(dim=(-2, -1), keepdim=True))
+
+
+class Double(Plain):
+    """Features of twice the size."""
+
+    def forward(self, lr):
+        return self.body(lr).repeat_interleave(2, dim=-1)
+
+
+class Single(Plain):
+    """Computes in float32, whatever it is given."""
+
+    def forward(self, lr):
+        return torch.relu(lr.float() @ torch.ones(lr.shape[-1], lr.shape[-1])).repeat(1, 3, 1, 1)[
+            :, : self.body[0].out_channels
+        ]
+
+
+class NoHalo(nn.Module):
+    def __init__(self, n_feats):
+        super().__init__()
+
+
+def function(*given, **keys):
+    raise AssertionError("a function that nothing should have called")
+
+
+def scaled(out, target, by=1.0):
+    return by * (out - target).abs().mean()
+
+
+def invert(image, rng):
+    return Image.fromarray(255 - np.asarray(image))
+
+
+def crop(image, rng):
+    return image.crop((0, 0, 5, 5))
+
+
+class Images:
+    """Any images; a list is a dataset too."""
+
+    def __init__(self, side=70, count=4, kind="uint8", scale=0):
+        self.side, self.count, self.kind, self.scale = side, count, kind, scale
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng(i)
+        image = rng.integers(0, 256, (self.side, self.side + 5, 3)).astype(self.kind)
+        if self.scale:
+            return image, image.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+        return image
+
+
+def colours(out, target):
+    """A loss of queries, [B, Q, 3]."""
+    assert out.shape[1:] == target.shape[1:] == (48, 3)
+    return (out - target)[..., 0].abs().mean()
