@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,13 +89,14 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
     model = GaussianSR(config.model)
     if config.init is not None and not resume:
         start_from(config.init, model)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.train()
     optimizer, learning_rate = make_optimizer(model, c), make_schedule(c, total, per_epoch)
     ema = None
     if c.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema))
         ema.update_parameters(model)  # the first call copies: the mean starts here
-    shown = ema.module if ema else model
+    shown: Any = ema.module if ema else model
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
 
     silent = not (progress and run.leads)
@@ -170,7 +172,7 @@ def training_step(
     if config.clip:
         nn.utils.clip_grad_norm_(loss_of.parameters(), config.clip)
     optimizer.step()
-    return sum(losses)
+    return torch.stack(losses).sum()
 
 
 def start_from(path: str, model: GaussianSR) -> None:

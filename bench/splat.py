@@ -112,14 +112,16 @@ def _operator(case: Case) -> Callable[..., Tensor]:
 
 def _reference(case: Case) -> Callable[..., Tensor]:
     """The reference with the arguments of the operator."""
-    s, oracle = case.shape, reference.splat_at if case.shape.points else reference.splat
+    s = case.shape
 
     def function(
         values, sigma, rho, opacity, offset, radius, normalize, eps, size=None, points=None
     ):
-        where = Grid(size, (0, s.H), (0, s.h)) if points is None else points
         gaussians = Gaussians(values, sigma, rho, opacity, offset)
-        return oracle(gaussians, where, Weighting(radius, normalize, eps))
+        weighting = Weighting(radius, normalize, eps)
+        if points is not None:
+            return reference.splat_at(gaussians, points, weighting)
+        return reference.splat(gaussians, Grid((s.H, s.W), (0, s.H), (0, s.h)), weighting)
 
     return function
 

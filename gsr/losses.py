@@ -72,7 +72,7 @@ class WeightedSum(nn.Module):
 
     def forward(self, out: Tensor, target: Tensor) -> Tensor:
         """out and target [B, Q, 3], or [B, 3, H, W] where `dense`."""
-        total = 0
+        total = out.new_zeros(())
         for weight, loss, dense in self.terms:
             pair = out, target
             if self.dense and not dense:  # all pixels are its queries

@@ -8,7 +8,7 @@ reads the image, what makes the output, and biases stay with Adam.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,13 @@ class MuonWithAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: list[Tensor], others: list[Tensor], muon_lr: float, lr: float, **keys: Any
+        self,
+        matrices: Sequence[Tensor],
+        others: Sequence[Tensor],
+        *,
+        muon_lr: float,
+        lr: float,
+        **keys: Any,
     ):
         # Muon takes matrices alone: views of the weights, in the same memory.
         self.matrices = [(weight, _as_matrix(weight)) for weight in matrices]
@@ -104,9 +110,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return optimizer
 
 
-def adam(
-    model: nn.Module, lr: float, muon_lr: float | None = None, **keys: Any
-) -> torch.optim.Optimizer:
+def adam(model: Any, lr: float, muon_lr: float | None = None, **keys: Any) -> torch.optim.Optimizer:
     """torch.optim.Adam with these keys; with `muon_lr`, Muon for the encoder's convolutions."""
     if muon_lr is None:
         return torch.optim.Adam(model.parameters(), lr=lr, **keys)

@@ -378,7 +378,7 @@ def show(board: Any, model: GaussianSR, pair: tuple[int, Tensor, Tensor], step: 
     model.eval()
     x = lr.to(next(model.parameters()).device)
     ours = model(x, size=hr.shape[-2:], scale=scale).cpu()
-    row = torch.cat([bicubic(lr, hr.shape[-2:]), ours, hr], dim=-1)
+    row = torch.cat([bicubic(lr, (hr.shape[-2], hr.shape[-1])), ours, hr], dim=-1)
     board.add_image("val/bicubic_ours_hr", to_uint8(row), step, dataformats="HWC")
     if hasattr(model.head, "bank"):
         classes = model.head.classifier(model.encoder(x)).argmax(1).flatten().cpu().numpy()

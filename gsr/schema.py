@@ -25,7 +25,7 @@ IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)+"  # module.Name
 class _Unvalidated(type(BaseModel)):
     """Makes Section(...) set fields as a dataclass does; validation does not come through here."""
 
-    def __call__(cls, *values: Any, **named: Any) -> Any:
+    def __call__(cls: Any, *values: Any, **named: Any) -> Any:
         own = named if cls.model_config["extra"] == "allow" else {}
         names = dict.fromkeys([*cls.model_fields, *own])
         fields = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
@@ -136,11 +136,12 @@ def build(cls: type[S], mapping: Any, where: str, mistakes: list[str], prefix: s
         config = cls.model_validate(mapping)
     except ValidationError as error:
         mistakes = [*mistakes, *_mistakes(cls, error, where)]
+    else:
+        if not mistakes:
+            return config
     if len(mistakes) == 1:
         raise InputError(prefix + mistakes[0])
-    if mistakes:
-        raise InputError("\n  ".join([f"{prefix}{len(mistakes)} mistakes", *mistakes]))
-    return config
+    raise InputError("\n  ".join([f"{prefix}{len(mistakes)} mistakes", *mistakes]))
 
 
 def override(cls: type[Section], mapping: Any, text: str) -> str | None:
@@ -190,6 +191,7 @@ def _is_section(kind: Any) -> bool:
 def _fields(cls: type[Section], where: str = "") -> dict[str, Any]:
     """{key in full: type, null apart} of a section and of those below it."""
     fields: dict[str, Any] = {}
+    kind: Any
     for name, field in cls.model_fields.items():
         kinds = [k for k in get_args(field.annotation) if _is_section(k)]  # a section or null
         fields[_join(where, name)] = kind = (*kinds, field.annotation)[0]
@@ -212,9 +214,10 @@ def _mistakes(cls: type[Section], error: ValidationError, where: str) -> Iterato
         if e["type"] in ("extra_forbidden", "invalid_key"):
             yield _unknown(str(path.pop()), _join(where, *path), known)
             continue
-        if e["type"] == "value_error" and e["ctx"]["error"].args[1]:  # what `must` blames
-            path[-1], value = e["ctx"]["error"].args[1:]
-        text = MUST_BE.get(e["type"], "of another type").format(**e.get("ctx", {})).replace("'", "")
+        context = e.get("ctx", {})
+        if e["type"] == "value_error" and context["error"].args[1]:  # what `must` blames
+            path[-1], value = context["error"].args[1:]
+        text = MUST_BE.get(e["type"], "of another type").format(**context).replace("'", "")
         hint = ""
         if text == "text" and isinstance(value, (int, float)):
             hint = "; put it in quotes"

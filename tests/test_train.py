@@ -306,6 +306,7 @@ def test_the_running_mean_is_what_is_measured_and_written(tmp_path, monkeypatch)
         return {"psnr": float(len(seen))}
 
     monkeypatch.setattr("gsr.runs.validate", score)
+    monkeypatch.setattr("gsr.runs.bf16_loss", lambda *_: None)
     steps = ["train.steps=4", "train.save_every=1", "train.keep=9", "train.val_every=1"]
     c = config(tmp_path, *steps, "train.ema=0.75", "train.lr=1e-2")
     mean = fresh(c).state_dict()
@@ -575,6 +576,7 @@ def test_clip_and_precision(tmp_path):
 def test_best_is_kept_also_across_a_resume(tmp_path, monkeypatch):
     scores = iter([1.0, 3.0, 2.0, 2.5])
     monkeypatch.setattr("gsr.runs.validate", lambda *_: {"psnr": next(scores)})
+    monkeypatch.setattr("gsr.runs.bf16_loss", lambda *_: None)
     steps = ["train.val_every=1", "train.save_every=1", "train.schedule=step", "train.lr=1e-2"]
     go(config(tmp_path, "train.steps=2", *steps))
     best = {k: v.clone() for k, v in load_model(tmp_path / "smoke" / "best").state_dict().items()}
@@ -630,3 +632,11 @@ def test_a_model_that_ignores_its_input_ends_the_run(tmp_path):
         go(c)
     # The first step alone, whose colours are zero, does not count.
     go(config(tmp_path, "name=alive", "train.log_every=1", *steps[:1]))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_model_folder_says_what_bf16_costs(tmp_path, fast, monkeypatch):
+    monkeypatch.setattr("gsr.runs.has_fast_bf16", lambda device: fast)
+    go(config(tmp_path, "train.steps=1", "train.val_every=1"))
+    loss = load_model(tmp_path / "smoke" / "best").bf16_loss
+    assert (loss is not None) == fast and (not fast or -0.5 < loss < 0.5 and loss != 0)

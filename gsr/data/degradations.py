@@ -39,7 +39,8 @@ MARGIN = BLOCK  # LR pixels that a degraded patch is cut out of on each side, be
 
 def blur(image: Image.Image, config: BlurConfig, rng: np.random.Generator) -> Image.Image:
     """Gaussian blur; sigma drawn uniformly from `config.sigma`, LR pixels."""
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(*config.sigma)))
+    low, high = config.sigma
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(low, high)))
 
 
 def noise(image: Image.Image, config: NoiseConfig, rng: np.random.Generator) -> Image.Image:
@@ -49,7 +50,7 @@ def noise(image: Image.Image, config: NoiseConfig, rng: np.random.Generator) -> 
     Poisson part where the image is white, both in levels of 255. One in `config.grey` has the same
     noise in all channels.
     """
-    sigma, shot = rng.uniform(*config.sigma), rng.uniform(*config.shot)
+    sigma, shot = (rng.uniform(low, high) for low, high in (config.sigma, config.shot))
     return add_noise(image, sigma, shot, rng, grey=rng.random() < config.grey)
 
 
@@ -135,7 +136,7 @@ def degrade(
     Raises:
         InputError: a function of the user's own returns an image of another size or mode.
     """
-    if config is None or rng.random() < config.clean:
+    if config is None or rng is None or rng.random() < config.clean:
         return hr.resize((size, size), Image.Resampling.BICUBIC, box)
     kernel = KERNELS[config.kernels[rng.integers(len(config.kernels))]]
     # Whole LR pixels on each side, as many as `hr` has around the box.

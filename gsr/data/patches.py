@@ -101,7 +101,7 @@ def list_items(config: DataConfig) -> dict[str, list[Path | Item]]:
     """The images of each folder of `data.train`, or those of the one `data.dataset`."""
     if config.dataset is None:
         folders = config.train if isinstance(config.train, dict) else [config.train]
-        return {folder: list_images(folder) for folder in folders}
+        return {folder: [*list_images(folder)] for folder in folders}
     name, key = config.dataset.name, f"data.dataset: {config.dataset.name}"
     dataset = parts.make(parts.find(name, {}, "data.dataset"), (), config.dataset.keys, key)
     count = len(dataset) if hasattr(dataset, "__len__") else 0
@@ -127,7 +127,7 @@ def split_images(config: DataConfig) -> tuple[dict[Path | Item, int], list[Path 
         shares = config.train
     everything = [item for items in folders.values() for item in items]
     if config.val is not None:
-        val = spread(list_images(config.val), config.val_count)
+        val: list[Path | Item] = [*spread(list_images(config.val), config.val_count)]
     else:
         val = spread(everything, config.val_count)
         for folder, items in folders.items():
@@ -168,7 +168,7 @@ def to_bytes(amount: str | None) -> float:
     """Bytes in "4GB", "500 MB" or "2GiB", as `gsr.config.BYTES` allows; infinity for None."""
     if amount is None:
         return math.inf
-    number, unit, binary = re.fullmatch(BYTES, amount).groups()
+    number, unit, binary = re.findall(BYTES, amount)[0]
     return float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
 
 
@@ -320,8 +320,10 @@ class PatchDataset(Dataset):
         """LR [3, p, p] uint8, HR indices [Q], HR pixels [Q, 3] uint8, scale, seed of the noise."""
         rng = np.random.default_rng(draw.key)
         picture = self._picture(draw.index)
-        cut = self._cut_pair if isinstance(picture, tuple) else self._cut
-        lr, hr = cut(picture, draw, rng)
+        if isinstance(picture, tuple):
+            lr, hr = self._cut_pair(picture, draw, rng)
+        else:
+            lr, hr = self._cut(picture, draw, rng)
         flip_y, flip_x, transpose = rng.random(3) < 0.5
         lr, hr = (_augment(a, flip_y, flip_x, transpose) for a in (lr, hr))
         pixels = hr.shape[0] * hr.shape[1]
@@ -426,7 +428,7 @@ class ScaleBatchSampler(Sampler):
         return (self.last - self.first) * len(self.parts)
 
     def __iter__(self):
-        c, order, ordered = self.config, None, None
+        c, order, ordered = self.config, self.slots, -1
         for step in range(self.first, self.last):
             epoch, place = divmod(step, self.per_epoch)
             if epoch != ordered:

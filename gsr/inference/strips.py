@@ -109,21 +109,21 @@ class _Room:
     """
 
     def __init__(self, above: Band | None, width: int):
-        self.band, self.width, self.lock = above, width, Lock()
+        self.above, self.width, self.lock = above, width, Lock()
         self.count = 0 if above is None else above.stop - above.start
-        self.made = False
+        self.made: Band | None = None
 
     def put(self, out: Band, tile: Tile) -> None:
         with self.lock:
-            if not self.made:
-                self.made, rows = True, self.count + out.stop - out.start
+            if self.made is None:
+                rows = self.count + out.stop - out.start
                 new = out.map(lambda t: t.new_empty(*t.shape[:-2], rows, self.width))
-                if self.band is not None:
-                    for to, t in zip(new.tensors, self.band.tensors, strict=True):
+                if self.above is not None:
+                    for to, t in zip(new.tensors, self.above.tensors, strict=True):
                         to[..., : self.count, :] = t
-                self.band = Band(out.start - self.count, new.tensors)
+                self.made = Band(out.start - self.count, new.tensors)
         columns = slice(tile.start - tile.left, tile.stop - tile.left)
-        for to, t in zip(self.band.tensors, out.tensors, strict=True):
+        for to, t in zip(self.made.tensors, out.tensors, strict=True):
             to[..., self.count :, tile.start : tile.stop] = t[..., columns]
 
 
@@ -268,11 +268,18 @@ class StripRenderer:
         """Whether all encoded LR rows stay until the end."""
         return self.complete or self.band >= self.lr_size[0]
 
+    def _held(self) -> Band:
+        if self.held is None:
+            raise RuntimeError("no LR rows are encoded yet")
+        return self.held
+
     def _needed(self, start: int, stop: int) -> tuple[int, int]:
         return self.model.rows_needed((start, stop), self.lr_size, self.size, self.scale)
 
     def _render(self, rows: tuple[int, int], shared: Any) -> Tensor:
-        lr = self.held if self._holds_all() else self.held.rows(*self._needed(*rows))
+        lr = self._held()
+        if not self._holds_all():
+            lr = lr.rows(*self._needed(*rows))
         band = None if lr.stop - lr.start == self.lr_size[0] else (lr.start, self.lr_size[0])
         with self._autocast():
             strip = self.model.render(lr.tensors, self.size, self.scale, rows, band, shared)
@@ -315,7 +322,7 @@ class StripRenderer:
             # A deep network's many sizes of tensors leave the heap full of holes, and beside its
             # arithmetic new pages cost nothing.
             trim_malloc()
-        self.held, self.next = room.band, stop
+        self.held, self.next = room.made or above, stop
         self._advance((stop - start) * w, 0)
         return results
 
@@ -325,7 +332,7 @@ class StripRenderer:
         with self._autocast():
             if band.start == 0 and ends and len(self.tiles) == 1:
                 # In one piece, so that what `GaussianSR.compile` has made serves.
-                out = Band(0, self.model.encode(*band.tensors))
+                out = Band(0, self.model.encode(band.tensors[0]))
             else:
                 if self.streams[i] is None:
                     self.streams[i] = self.model.stream()
@@ -357,13 +364,14 @@ class StripRenderer:
         # Of two passes the first keeps the Gaussians alone. All is written in place: bands joined
         # to what is there already would take the memory twice.
         two, whole = self._two_passes(), {}
-        kind = None
+        kind: Any = None
         while self.next is None or self.next < self.lr_size[0]:
             self._encode(0)
             if self.held is None:
                 continue
             band, self.held, kind = self.held, None, type(self.held.tensors)
-            fields = {"gaussians": band.tensors.gaussians} if two else band.tensors._asdict()
+            fields = dict(zip(kind._fields, band.tensors, strict=True))
+            fields = {"gaussians": fields["gaussians"]} if two else fields
             for name, t in fields.items():
                 if name not in whole:
                     whole[name] = t.new_empty(*t.shape[:-2], *self.lr_size)

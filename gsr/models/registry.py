@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def make_encoder(config: EncoderConfig | CustomEncoder) -> nn.Module:
     if not isinstance(config, CustomEncoder):
         return parts.find(config.name, ENCODERS, "model.encoder.name")(config)
     keys = {**config.keys, "n_feats": config.n_feats}
-    encoder = _make_own(config.name, "model.encoder", ("halo",), keys)
+    encoder: Any = _make_own(config.name, "model.encoder", ("halo",), keys)
     if encoder.halo is None:
         encoder.halo = WHOLE
         if not hasattr(encoder, "floats"):
@@ -113,7 +114,7 @@ def check_imported(config: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def check_halo(encoder: nn.Module, name: str, n_feats: int) -> None:
+def check_halo(encoder: Any, name: str, n_feats: int) -> None:
     """Raise InputError if a pixel further than `halo` rows from a change of the image changes.
 
     Tried on a narrow image, once with its first rows changed and once with its last ones; in

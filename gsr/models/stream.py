@@ -15,11 +15,22 @@ start below the image's top: rows that depend on what is above then never come o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Node(Protocol):
+    """A part of a network that takes rows and gives rows."""
+
+    def feed(self, band: Band | None, last: bool) -> Band | None:
+        """Take the next rows of the image, if any, and return those that can be told by now.
+
+        `last` says that no more will come: then all that are left are returned.
+        """
+        ...
 
 
 class Band(NamedTuple):
@@ -48,9 +59,8 @@ class Band(NamedTuple):
         and go would leave the heap full of holes, none of which is large enough for the next.
         """
         new = self.rows(start, self.stop).tensors
-        old = memory.tensors if memory else ()
-        if [t.shape for t in old] == [t.shape for t in new]:
-            for to, t in zip(old, new, strict=True):
+        if memory and [t.shape for t in memory.tensors] == [t.shape for t in new]:
+            for to, t in zip(memory.tensors, new, strict=True):
                 to.copy_(t)
             return Band(start, memory.tensors)
         return Band(start, _like(new, (t.clone() for t in new)))
@@ -64,7 +74,7 @@ def join(upper: Band | None, lower: Band | None) -> Band | None:
     return Band(upper.start, _like(lower.tensors, (torch.cat(pair, dim=-2) for pair in pairs)))
 
 
-def _like(tensors: tuple, others: Iterable[Tensor]) -> tuple:
+def _like(tensors: Any, others: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Others as a tuple of the same kind, named or not."""
     return type(tensors)._make(others) if hasattr(tensors, "_make") else tuple(others)
 
@@ -83,7 +93,8 @@ class RowBuffer:
 
     def keep(self, start: int, last: bool) -> None:
         """Keep the rows from `start` on; none if these were the last."""
-        self.band = self._own = None if last else self.band.tail(start, self._own)
+        band = None if last else self.band
+        self.band = self._own = band and band.tail(start, self._own)
 
 
 class Layer:
@@ -105,7 +116,9 @@ class Layer:
             # At the image's own top the function's padding is right.
             self.next = band.start + self.reach if band.start else 0
         x = self.held.add(band)
-        stop = 0 if x is None else x.stop if last else x.stop - self.reach
+        if x is None:
+            return None
+        stop = x.stop if last else x.stop - self.reach
         if stop <= self.next:
             return None
         y = self.function(*x.tensors)
@@ -122,8 +135,10 @@ class Convolution:
     computes no row twice, however narrow the bands are.
     """
 
-    def __init__(self, conv: nn.Conv2d, after: Callable[[Tensor], Tensor] | None = None):
-        self.conv, self.after, self.reach = conv, after, conv.padding[0]
+    def __init__(self, conv: nn.Module, after: Callable[[Tensor], Tensor] | None = None):
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"a stream's Convolution is made of an nn.Conv2d, not {type(conv)}")
+        self.conv, self.after, self.reach = conv, after, conv.kernel_size[0] // 2
         self.held = RowBuffer()
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
@@ -137,13 +152,10 @@ class Convolution:
         if x.stop - x.start <= 2 * self.reach:
             return None
         conv = self.conv
-        y = F.conv2d(x.tensors[0], conv.weight, conv.bias, padding=(0, conv.padding[1]))
+        y = F.conv2d(x.tensors[0], conv.weight, conv.bias, padding=(0, conv.kernel_size[1] // 2))
         y = Band(x.start + self.reach, (y if self.after is None else self.after(y),))
         self.held.keep(x.stop - 2 * self.reach, last)
         return y
-
-
-Node = "Layer | Convolution | Chain | Residual | Skip | StreamedDenseBlock"
 
 
 class Chain:
@@ -196,7 +208,7 @@ class Residual:
     def feed(self, band: Band | None, last: bool) -> Band | None:
         held = self.held.add(band)
         out = self.inner.feed(band, last)
-        if out is None:
+        if out is None or held is None:
             return None
         x = held.rows(out.start, out.stop)
         out = Band(out.start, self.merge(x.tensors, out.tensors))
@@ -244,7 +256,7 @@ class StreamedDenseBlock:
 
     def __init__(self, convs: Iterable[nn.Conv2d], after: Callable[[Tensor], Tensor]):
         self.convs, self.after = list(convs), after
-        self.reach = max(conv.padding[0] for conv in self.convs)
+        self.reach = max(conv.kernel_size[0] // 2 for conv in self.convs)
         self.parts = [RowBuffer() for _ in range(len(self.convs) + 1)]  # x, y_1, ...
         self.next = -1  # the next row to come out
 
@@ -259,14 +271,14 @@ class StreamedDenseBlock:
             return None
         out = Band(start, (torch.cat(self._rows(len(self.parts), start, y.stop), dim=1),))
         for part in self.parts:
-            part.keep(max(part.band.start, y.stop - self.reach), last)
+            part.keep(max(_band(part).start, y.stop - self.reach), last)
         self.next = y.stop
         return out
 
     def _convolve(self, i: int, last: bool) -> Band | None:
         """The rows of y_{i + 1} that can be told and have not been."""
-        conv, reach = self.convs[i], self.convs[i].padding[0]
-        source, done = self.parts[i].band, self.parts[i + 1].band
+        conv, (reach, along) = self.convs[i], (n // 2 for n in self.convs[i].kernel_size)
+        source, done = _band(self.parts[i]), self.parts[i + 1].band
         if done is not None:
             start = done.stop
         else:
@@ -278,9 +290,16 @@ class StreamedDenseBlock:
         x = torch.cat(self._rows(i + 1, start - reach + above, stop + reach - below), dim=1)
         if above or below:  # zeros where the image ends
             x = F.pad(x, (0, 0, above, below))
-        y = F.conv2d(x, conv.weight, conv.bias, padding=(0, conv.padding[1]))
+        y = F.conv2d(x, conv.weight, conv.bias, padding=(0, along))
         return Band(start, (self.after(y),))
 
     def _rows(self, count: int, start: int, stop: int) -> list[Tensor]:
         """Rows start to stop of the first `count` parts."""
-        return [part.band.rows(start, stop).tensors[0] for part in self.parts[:count]]
+        return [_band(part).rows(start, stop).tensors[0] for part in self.parts[:count]]
+
+
+def _band(buffer: RowBuffer) -> Band:
+    """The rows of a buffer that has some."""
+    if buffer.band is None:
+        raise RuntimeError("a row buffer is empty that should hold rows")
+    return buffer.band

@@ -54,7 +54,7 @@ class EDSR(nn.Module):
     def stream(self) -> Chain:
         """`forward` by bands of rows."""
         *blocks, last = self.body
-        body = Chain(*[block.stream() for block in blocks], Convolution(last))
+        body = Chain(*[b.stream() for b in blocks if isinstance(b, ResBlock)], Convolution(last))
         return Chain(
             Layer(lambda lr: (lr - 0.5) / 0.5, 0),
             Convolution(self.head[0]),

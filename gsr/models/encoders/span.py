@@ -73,7 +73,8 @@ class SPAN(nn.Module):
 
     def stream(self) -> Chain:
         """`forward` by bands of rows."""
-        first, *middle, last = (block.stream() for block in self.blocks)
+        blocks = (block for block in self.blocks if isinstance(block, AttentionBlock))
+        first, *middle, last = (block.stream() for block in blocks)
         # Each of the parts that are fused waits for what comes after it.
         parts = Residual(Chain(last, Convolution(self.tail)), lambda x, y: (*y, *x))
         parts = Residual(Chain(*middle, parts), lambda x, y: (y[0], *x, y[1]))
