@@ -61,7 +61,7 @@ def test_luma_range():
 
 def test_ssim_equals_scikit_image():
     # structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    # data_range=255) of scikit-image 0.26 gives 0.9621484049154313 for these. On four enlarged
+    # data_range=255) of scikit-image 0.26 gives 0.9621484049154313 for these. On four upscaled
     # benchmark images the two agreed to 1e-15.
     y, x = np.mgrid[0:20, 0:24]
     a = (y * 7 + x * 5) % 256.0

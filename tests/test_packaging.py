@@ -67,8 +67,8 @@ def test_using_tensors_needs_no_pillow_and_no_triton():
 
 
 @pytest.mark.parametrize("mode", ["direct", "field", "official"])
-def test_enlarging_does_not_load_the_compiler(mode):
-    """Which would take longer than a small picture."""
+def test_upscaling_does_not_load_the_compiler(mode):
+    """Which would take longer than a small image."""
     code = (
         "import gsr, sys, torch; from gsr.config import EncoderConfig, ModelConfig\n"
         f"model = gsr.GaussianSR(ModelConfig({mode!r}, EncoderConfig(n_feats=16, n_blocks=1)))\n"

@@ -29,7 +29,7 @@ from gsr.models.checkpoint import load_model, save_model
 from gsr.models.heads.bank import assign
 from gsr.ops.resize import bicubic
 from gsr.optim import make_schedule
-from gsr.runs import VAL_SCALES, validate, validation_pairs
+from gsr.runs import VAL_SCALES, bf16_loss, validate, validation_pairs
 from gsr.viz import draw_gaussians
 from tests.children import finish, start
 
@@ -348,7 +348,7 @@ def test_micro_batches_make_the_same_step(tmp_path, mode):
     assert apart(whole, other) > 0.1 * apart(whole, first)
 
 
-def test_noise_of_a_picture_is_its_own():
+def test_noise_of_a_image_is_its_own():
     logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     together = assign(logits, "gumbel", seeds=[5, 6, 2**63 - 1])
     assert torch.equal(together[1:2], assign(logits[1:2], "gumbel", seeds=[6]))
@@ -451,7 +451,7 @@ def test_schedules():
 
 
 def test_validation_measures(tmp_path):
-    """A model that answers with the HR picture's own values, off by 0.1, has 20 dB."""
+    """A model that answers with the HR image's own values, off by 0.1, has 20 dB."""
 
     class Off(torch.nn.Module):
         def forward(self, lr, size, scale):
@@ -491,7 +491,7 @@ def test_refusals(tmp_path):
         go(config(tmp_path / "new", "train.accumulate=3"))
 
 
-def test_a_resumed_run_has_its_own_pictures(tmp_path):
+def test_a_resumed_run_has_its_own_images(tmp_path):
     photos, steps = tmp_path / "photos", ["train.schedule=step", "data.val_count=2"]
     shutil.copytree(PHOTOS, photos)
     steps.append(f"data.train={photos}")
@@ -636,7 +636,20 @@ def test_a_model_that_ignores_its_input_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_model_folder_says_what_bf16_costs(tmp_path, fast, monkeypatch):
+    psnr = iter([{"psnr": 30.0, "x2": 32.0}, {"psnr": 29.9, "x2": 31.8}])
     monkeypatch.setattr("gsr.runs.has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr("gsr.runs.validate", lambda *_: next(psnr))
     go(config(tmp_path, "train.steps=1", "train.val_every=1"))
-    loss = load_model(tmp_path / "smoke" / "best").bf16_loss
-    assert (loss is not None) == fast and (not fast or -0.5 < loss < 0.5 and loss != 0)
+    assert load_model(tmp_path / "smoke" / "best").bf16_loss == (0.2 if fast else None)
+
+
+@torch.no_grad()
+def test_what_bf16_costs_is_measured_in_bf16(monkeypatch):
+    monkeypatch.setattr("gsr.runs.has_fast_bf16", lambda device: True)
+    model = GaussianSR(config("nowhere").model)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.2)
+    pairs = validation_pairs(list_images(PHOTOS)[:1])
+    metrics = validate(model, pairs)
+    assert bf16_loss(model, pairs, metrics) != 0
+    assert not torch.is_autocast_enabled("cpu")

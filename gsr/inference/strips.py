@@ -27,7 +27,7 @@ from gsr.models.stream import Band, join
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
-BAND_PIXELS = 2**15  # LR pixels that a thread encodes at once
+BAND_PIXELS = 2**14  # LR pixels that a thread encodes at once
 STRIP_PIXELS = 2**16  # HR pixels that a thread renders at once
 AT_ONCE = 8  # strips that each thread renders before the caller gets them
 TILE = 1024  # LR columns of a tile, about

@@ -1,9 +1,9 @@
 """The cases that the splat kernels are proved on, and what one run of a case finds.
 
-    TRITON_INTERPRET=1 python tests/kernel_cases.py           # all of them, JSON on stdout
-    TRITON_INTERPRET=1 python tests/kernel_cases.py K9 down   # those with K9 or down in the name
-    python tests/kernel_cases.py --device cuda                # on a GPU
-    python tests/kernel_cases.py --list
+    TRITON_INTERPRET=1 python tests/kernels/kernel_cases.py           # all of them, JSON on stdout
+    TRITON_INTERPRET=1 python tests/kernels/kernel_cases.py K9 down   # with K9 or down in the name
+    python tests/kernels/kernel_cases.py --device cuda                # on a GPU
+    python tests/kernels/kernel_cases.py --list
 
 A case is drawn from its name, so that it stays the same whatever stands before it in the list. Its
 operator, forward and backward, is compared with `gsr.ops.reference` in float64 and PyTorch's own
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # under pytest the checkout is on the path already
     sys.path.insert(0, str(ROOT))
 

@@ -1,6 +1,6 @@
 """Cases of the kernels of `official`, against `gsr.ops.reference`; JSON of their errors on stdout.
 
-python tests/window_cases.py, with TRITON_INTERPRET=1 where there is no GPU.
+python tests/kernels/window_cases.py, with TRITON_INTERPRET=1 where there is no GPU.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from kernel_cases import GuardedAllocations, interpreted  # noqa: E402
 

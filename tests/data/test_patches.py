@@ -123,7 +123,7 @@ def no_decoding(monkeypatch):
     monkeypatch.setattr("gsr.data.patches.read_image", decode)
 
 
-def test_a_mapped_picture_is_decoded_once(folder, monkeypatch):
+def test_a_mapped_image_is_decoded_once(folder, monkeypatch):
     c = config(folder, cache="mmap", repeat=1)
     paths, _ = split_images(c)
     assert len(PatchDataset(paths, c)) == 3
@@ -131,10 +131,10 @@ def test_a_mapped_picture_is_decoded_once(folder, monkeypatch):
     assert len(list(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1))) == 1
     files = list((folder / ".gsr-cache").iterdir())
     assert len(files) == 3 and all(file.suffix == ".npy" for file in files)
-    assert split_images(c)[0] == paths  # the cache is no picture
+    assert split_images(c)[0] == paths  # the cache is no image
 
 
-def test_a_mapped_picture_that_has_changed_is_decoded_again(folder, tmp_path):
+def test_a_mapped_image_that_has_changed_is_decoded_again(folder, tmp_path):
     c = config(folder, cache="mmap", cache_dir=str(tmp_path / "cache" / "deep"))
     paths, _ = split_images(c)
     before = PatchDataset(paths, c)
@@ -214,7 +214,7 @@ def test_what_is_not_this_sets_stays_in_the_cache(folder, tmp_path):
     assert all(path.exists() for path in stays) and not old.exists()
 
 
-def test_a_picture_that_goes_after_it_was_listed(folder):
+def test_a_image_that_goes_after_it_was_listed(folder):
     c = config(folder, cache="mmap")
     paths, _ = split_images(c)
     list(paths)[1].unlink()
@@ -225,7 +225,7 @@ def test_a_picture_that_goes_after_it_was_listed(folder):
 
 
 def test_the_cache_keeps_to_its_budget(folder, monkeypatch):
-    c = config(folder, cache_budget="25.3 kB")  # a picture is 60 * 70 * 3 = 12.6 kB
+    c = config(folder, cache_budget="25.3 kB")  # an image is 60 * 70 * 3 = 12.6 kB
     paths, _ = split_images(c)
     assert sorted(PatchDataset(paths, c).memory) == [0, 1]
     c.cache = "mmap"
@@ -264,7 +264,7 @@ def test_every_patch_has_noise_of_its_own(folder):
     assert torch.equal(torch.cat([part.lr for part in parts]), whole.lr)
 
 
-def test_an_epoch_visits_each_picture_equally(folder):
+def test_an_epoch_visits_each_image_equally(folder):
     c = config(folder)
     per_epoch = steps_per_epoch([5] * 3, c)
     assert per_epoch == 5
@@ -315,8 +315,8 @@ def test_every_epoch_has_its_own_order(folder):
     assert first != sorted(first)
 
 
-def test_validation_pictures(folder, tmp_path):
-    """From their own folder, or set aside evenly from the training pictures."""
+def test_validation_images(folder, tmp_path):
+    """From their own folder, or set aside evenly from the training images."""
     (tmp_path / "val").mkdir()
     Image.new("RGB", (60, 60)).save(tmp_path / "val" / "own.png")
     train, val = split_images(config(folder, val=str(tmp_path / "val")))
@@ -327,7 +327,7 @@ def test_validation_pictures(folder, tmp_path):
     assert [p.name for p in train] == ["0.png", "2.png"]
 
 
-def test_a_bad_picture_is_found_before_training(folder):
+def test_a_bad_image_is_found_before_training(folder):
     data = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(data[: len(data) // 2])
     c = config(folder, cache="none")

@@ -17,7 +17,7 @@ from gsr.data.tiles import Tiling, check, prepare, starts, tile_boxes
 from gsr.errors import InputError
 from gsr.io.image import list_images, read_image, write_image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = Tiling(crop=24, step=16, min_side=12)
 SIZES = ["--crop", "24", "--step", "16", "--min-side", "12", "--workers", "1"]
 KEPT = ["a.png", "alpha.png", "grey.png", "sub/a.png", "wide.png"]

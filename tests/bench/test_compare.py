@@ -31,7 +31,7 @@ from gsr.errors import InputError
 from gsr.io.image import read_image, write_image
 from gsr.models import GaussianSR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT / "tests" / "data" / "photos"
 EVAL = ROOT / "tests" / "data" / "eval"
 RESULT = "comparison.json"

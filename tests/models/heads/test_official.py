@@ -16,7 +16,7 @@ from gsr.models.heads import fourier
 from gsr.models.heads.official import shared_splat, window_kernels, window_side
 from gsr.models.published import load_published
 
-GOLDENS = Path(__file__).parent / "data" / "goldens"
+GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 with safe_open(GOLDENS / "cases.safetensors", "pt") as _file:
     CASES = json.loads(_file.metadata()["cases"])
     TENSORS = {name: _file.get_tensor(name) for name in _file.keys()}

@@ -1,4 +1,4 @@
-"""Networks by bands of rows: equal to the whole picture, wherever it is cut or entered."""
+"""Networks by bands of rows: equal to the whole image, wherever it is cut or entered."""
 
 import random
 
@@ -55,7 +55,7 @@ def feed(stream, picture, edges, start=0):
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(12))
-def test_any_bands_give_the_whole_picture(seed):
+def test_any_bands_give_the_whole_image(seed):
     rng = random.Random(seed)
     h = rng.randint(1, 40)
     cuts = sorted(rng.sample(range(1, h), min(h - 1, rng.choice([0, 1, 3, h]))))

@@ -1,4 +1,4 @@
-"""Enlarging: tiles and strips change nothing, every kind of picture comes back as itself."""
+"""Upscaling: tiles and strips change nothing, every kind of image comes back as itself."""
 
 import random
 import subprocess
@@ -22,7 +22,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 @pytest.fixture(autouse=True)
 def small_strips(monkeypatch):
-    """Strips and bands of a few rows, so that even these small pictures take several."""
+    """Strips and bands of a few rows, so that even these small images take several."""
     monkeypatch.setattr(infer, "STRIP_PIXELS", 200)
     monkeypatch.setattr(infer, "BAND_PIXELS", 300)
 
@@ -91,7 +91,7 @@ def test_run_equals_the_model(mode, size, scale, monkeypatch):
         result = infer.run(model, lr, size, scale)
         assert result.shape == (2, 3, *size) and result.dtype == torch.float32
         assert (result - expected).abs().max() < 1e-5
-    # The test would see a halo that is too small: this picture does differ from bicubic.
+    # The test would see a halo that is too small: this image does differ from bicubic.
     enlarged = torch.nn.functional.interpolate(lr, size, mode="bicubic")
     assert (expected - enlarged).abs().max() > 0.01
 
@@ -141,7 +141,7 @@ def test_progress_ends_at_its_total(tiny_model, monkeypatch):
     assert len(bars) == 2
 
 
-# ---- kinds of picture ---------------------------------------------------------------------------
+# ---- kinds of image ---------------------------------------------------------------------------
 
 
 def test_uint8_array_equals_the_model(tiny_model, picture):
@@ -257,7 +257,7 @@ def test_pillow_modes(picture, mode, back):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "I;16", "CMYK"])
-def test_a_file_by_strips_is_the_same_picture(picture, mode, tiny_model, tmp_path):
+def test_a_file_by_strips_is_the_same_image(picture, mode, tiny_model, tmp_path):
     image, path = convert(picture, mode), tmp_path / "a.png"
     image.info["icc_profile"] = b"a profile"
     want = gsr.upscale(image, (2, 3.3), model=tiny_model)
@@ -268,7 +268,7 @@ def test_a_file_by_strips_is_the_same_picture(picture, mode, tiny_model, tmp_pat
         assert np.array_equal(np.asarray(got), np.asarray(want))
 
 
-def test_a_file_by_strips_of_a_turned_picture(picture, tiny_model, tmp_path):
+def test_a_file_by_strips_of_a_turned_image(picture, tiny_model, tmp_path):
     image = Image.fromarray(picture)
     image.getexif()[0x0112] = 6
     size = upscaling.upscale_to_png(tmp_path / "a.png", image, size=(34, 24), model=tiny_model)
@@ -452,7 +452,7 @@ def test_sizes_that_are_taken(picture):
         ([[1]], "not list"),
     ],
 )
-def test_pictures_that_are_refused(tiny_model, image, sentence):
+def test_images_that_are_refused(tiny_model, image, sentence):
     with pytest.raises(InputError) as caught:
         gsr.upscale(image, 2, model=tiny_model)
     assert sentence in str(caught.value)
@@ -469,7 +469,7 @@ def test_models_that_are_refused(picture):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["direct", "field", "official"])
 def test_bands_and_strips_change_nothing(mode, seed, monkeypatch):
-    """Any picture, scale, band and strip: what the model gives on the whole picture."""
+    """Any image, scale, band and strip: what the model gives on the whole image."""
     rng = random.Random(seed)
     h, w = rng.randint(1, 45), rng.randint(1, 40)
     size = tuple(rng.randint(n, 5 * n) for n in (h, w))
@@ -549,7 +549,7 @@ def test_out_of_memory_halves_and_goes_on(mode, error, monkeypatch):
     assert max(b - a for a, b in calls) > 10 and calls[-1][1] - calls[-1][0] <= 5
 
 
-def test_other_errors_and_hopeless_pictures(tiny_model):
+def test_other_errors_and_hopeless_images(tiny_model):
     def fail(error):
         def render(*args, **kwargs):
             raise error
@@ -591,7 +591,7 @@ def test_max_memory_makes_bands_smaller_and_changes_nothing(tiny_model, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [700, 1000])
 def test_the_process_stays_within_max_memory(limit):
-    """The bundled model on a 1200 x 900 picture: peak RSS of a process of its own."""
+    """The bundled model on a 1200 x 900 image: peak RSS of a process of its own."""
     script = f"""
 import numpy as np, gsr, resource
 picture = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)

@@ -277,7 +277,7 @@ def test_threads_do_not_matter():
 @needs_loops
 @pytest.mark.parametrize("size", [(1, 1), (4, 30), (9, 11), (13, 17), (22, 28), (60, 35)])
 def test_neighbourhoods(size):
-    """Against the form without Numba, which tests/test_field.py compares with resizing."""
+    """Against the form without Numba, which test_field.py compares with resizing."""
     g = torch.Generator().manual_seed(0)
     index = torch.arange(size[0] * size[1])[torch.randint(size[0] * size[1], (2, 50), generator=g)]
     row, column = index // size[1], index % size[1]

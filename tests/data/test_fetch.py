@@ -28,7 +28,7 @@ from gsr.errors import InputError
 from gsr.io.image import list_images
 from gsr.io.paths import lock_folder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

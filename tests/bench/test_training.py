@@ -9,7 +9,7 @@ from bench import schema, training
 from gsr.config import EncoderConfig, ModelConfig
 from gsr.models import GaussianSR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_report(tmp_path, capsys):

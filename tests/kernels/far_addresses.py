@@ -1,6 +1,6 @@
 """Single programs of the splat kernels in the far corner of images of billions of pixels.
 
-    TRITON_INTERPRET=1 python tests/far_addresses.py            # errors as JSON on stdout
+    TRITON_INTERPRET=1 python tests/kernels/far_addresses.py            # errors as JSON on stdout
 
 The tensors are files with holes: the addresses are those of a 49,990 x 49,990 image upscaled to
 74,985 x 74,985, the disk holds only what is touched. A program at the end of the last row of the
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 if __name__ == "__main__":  # under pytest the checkout is on the path already
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gsr.ops import reference  # noqa: E402
 from gsr.ops.arguments import Gaussians, Grid, Weighting  # noqa: E402

@@ -208,7 +208,7 @@ def test_features(name, size):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_halo(name):
-    """Rows of the picture that a row of features depends on: as far as the halo, and no further."""
+    """Rows of the image that a row of features depends on: as far as the halo, and no further."""
     encoder = make(name)
     n = 2 * encoder.halo + 13
     lr, reach = picture(n, 4).requires_grad_(), {-1: 0, 1: 0}
@@ -248,7 +248,7 @@ def feed(stream, lr, edges):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("seed", range(10))
-def test_any_bands_give_the_whole_picture(name, seed):
+def test_any_bands_give_the_whole_image(name, seed):
     draw = random.Random(seed)
     h, w = draw.randint(1, 40), draw.randint(1, 11)
     cuts = sorted(draw.sample(range(1, h), min(h - 1, draw.choice([0, 1, 3, h]))))
@@ -286,7 +286,7 @@ def tensors(thing, seen=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["rdn", "swinir"])
-def test_what_a_stream_holds_does_not_grow_with_the_picture(name):
+def test_what_a_stream_holds_does_not_grow_with_the_image(name):
     encoder, w = make(name), 8
     lr, stream, held = picture(40 * 16, w), encoder.stream(), []
     for first in range(0, 38 * 16, 16):
@@ -369,7 +369,7 @@ def model(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("pixels", [1, 60, 300, 10000])
-def test_enlarging_equals_the_model(name, pixels, monkeypatch):
+def test_upscaling_equals_the_model(name, pixels, monkeypatch):
     ours, lr = model(name), torch.rand(1, 3, 45, 11)
     with torch.no_grad():
         want = ours(lr, scale=2)

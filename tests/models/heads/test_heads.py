@@ -32,7 +32,7 @@ from gsr.models.heads import fourier, liif
 from gsr.ops.resize import bicubic as resize
 
 MODES = ["bicubic", "liif", "lte"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def make(mode, seed=0):

@@ -1,6 +1,6 @@
 """Puts faults into the kernels, one at a time, and asks which of the cases notices.
 
-    TRITON_INTERPRET=1 python tests/mutations.py            # a table; exit status 1 if one survives
+    TRITON_INTERPRET=1 python tests/kernels/mutations.py    # a table; exit status 1 if one survives
 
 A fault is a piece of text of a file in kernels/ and what replaces it. Text that is not found as
 often as stated is an error: the source has changed, and the fault has to be stated again. Every
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent / "kernels"
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "kernels"
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import far_addresses  # noqa: E402
 import kernel_cases  # noqa: E402

@@ -15,7 +15,7 @@ from gsr.errors import InputError
 from gsr.io.image import read_image, write_image
 from gsr.ops.resize import imresize
 
-DATA = Path(__file__).parent / "data/eval"
+DATA = Path(__file__).parent / "eval"
 NAMES = ["otter", "skyline", "spices"]
 
 

@@ -194,7 +194,7 @@ def test_types_and_devices_must_agree():
 
 def test_the_example_fits_a_photograph(tmp_path):
     """docs/fit_photograph.py in small: the image it writes is close to the photograph."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     with Image.open(root / "assets" / "demo.png") as photo:
         small = photo.convert("RGB").crop((60, 60, 120, 108))
     small.save(tmp_path / "photo.png")

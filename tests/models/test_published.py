@@ -12,7 +12,7 @@ import torch
 from gsr.errors import InputError
 from gsr.models.published import load_published
 
-GOLDEN = Path(__file__).parent / "data" / "goldens" / "official.pth"
+GOLDEN = Path(__file__).parents[1] / "data" / "goldens" / "official.pth"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from gsr.errors import InputError
 from gsr.io.image import read_image, write_image
 from gsr.viz import Crop
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What is printed, spelt once more. LIIF: arXiv 2012.09161; LTE: arXiv 2111.08918; Thera: arXiv
 # 2311.17643; FSRCNN: arXiv 1608.00367; VDSR: arXiv 1511.04587.
 PRINTED = {
