@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import gsr
 import train
@@ -234,6 +235,24 @@ def test_a_halo_that_is_too_small_is_refused(depth, halo):
     assert f"has halo {halo}, but its features depend on pixels {depth} rows away" in said
 
 
+@pytest.mark.parametrize("halo", [1.5, "2", -1, True])
+def test_a_halo_is_a_whole_number(halo):
+    said = refused(lambda: GaussianSR(own("Plain", depth=1, halo=halo)))
+    assert f"has halo {halo!r}, which must be a whole number from 0, or None" in said
+
+
+def test_a_halo_holds_along_the_rows_too():
+    GaussianSR(own("Wide"))
+    said = refused(lambda: GaussianSR(own("Wide", halo=2)))
+    assert "has halo 2, but its features depend on pixels 5 columns away" in said
+
+
+def test_features_that_depend_on_their_place_are_refused():
+    assert "None if they depend on the whole image, or on the place" in refused(
+        lambda: GaussianSR(own("Pairs", depth=1, halo=2))
+    )
+
+
 def test_a_whole_image_is_looked_at_by_a_part_that_says_so():
     assert "or None if they depend on the whole image" in refused(
         lambda: GaussianSR(own("Attention"))
@@ -256,7 +275,7 @@ def test_an_encoder_with_global_operations_is_run_whole(monkeypatch):
         model = GaussianSR(own("Attention", **keys)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 0.1)  # colours of about 1
         lr = torch.rand(1, 3, 40, 9, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             return (strips(model, lr, (80, 18)) - model(lr, size=(80, 18))).abs().max()
@@ -309,6 +328,21 @@ def test_a_folder_never_imports_what_it_names(tmp_path, monkeypatch):
         content["model"]["encoder"] = {"name": name, "args": ["touch", "x"], "shell": True}
         path.write_text(json.dumps(content))
         assert "is no class of torch.nn.Module" in refused(lambda: gsr.load(tmp_path / "model"))
+
+
+def test_folders_hold_whole_numbers_and_weights_of_two_names(tmp_path):
+    model = GaussianSR(own("Counted"))
+    model.encode(torch.rand(2, 3, 8, 8))  # BatchNorm counts it
+    save_model(tmp_path, model)
+    same = gsr.load(tmp_path)
+    assert same.encoder.norm.num_batches_tracked == 1
+    lr = torch.rand(1, 3, 8, 8)
+    assert torch.equal(same(lr, scale=2), model.eval()(lr, scale=2))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["encoder.order"] = tensors["encoder.order"] / 2
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = refused(lambda: gsr.load(tmp_path))
+    assert "encoder.order is not a dense tensor of torch.int64" in said
 
 
 def test_loading_draws_no_random_numbers(tmp_path):
