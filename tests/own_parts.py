@@ -5,6 +5,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gsr.config import EncoderConfig
+from gsr.models.encoders.swinir import SwinIR
+
 
 class Plain(nn.Module):
     """Convolutions; says any halo."""
@@ -77,6 +80,23 @@ class Counted(Plain):
 
     def forward(self, lr):
         return self.again(self.once(self.norm(self.body(lr))[:, self.order]))
+
+
+class Windowed(SwinIR):
+    """Attention in windows, which are counted from the image's corner."""
+
+    def __init__(self, n_feats, alignment=4):
+        c = EncoderConfig("swinir", n_feats, dim=8, depths=[2], heads=2, window=4)
+        super().__init__(c)
+        self.alignment = alignment
+
+
+class Named(Plain):
+    """Uses the name of what SwinIR has, for something else."""
+
+    def __init__(self, n_feats):
+        super().__init__(n_feats)
+        self.register_buffer("window", torch.hann_window(8))
 
 
 class NoHalo(nn.Module):

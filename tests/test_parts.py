@@ -35,7 +35,7 @@ from gsr.config import (
 from gsr.data import degradations
 from gsr.data.patches import PatchDataset, make_loader, split_images
 from gsr.errors import InputError
-from gsr.inference.strips import StripRenderer
+from gsr.inference.strips import StripRenderer, make_tiles
 from gsr.losses import WeightedSum
 from gsr.models import GaussianSR
 from gsr.models import registry as registered
@@ -251,6 +251,18 @@ def test_features_that_depend_on_their_place_are_refused():
     assert "None if they depend on the whole image, or on the place" in refused(
         lambda: GaussianSR(own("Pairs", depth=1, halo=2))
     )
+
+
+def test_windows_are_counted_from_the_corner_in_tiles_too(monkeypatch):
+    monkeypatch.setattr(gsr.inference.strips, "HALO_SHARE", 0.9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for name in ("Windowed", "Named"):
+        model = GaussianSR(own(name)).eval()
+        assert len(make_tiles(model, 203, 2)) == 2
+        lr = torch.rand(1, 3, 17, 203, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            assert (strips(model, lr, (34, 406)) - model(lr, scale=2)).abs().max() < 1e-5
+    assert "or on the place in it" in refused(lambda: GaussianSR(own("Windowed", alignment=1)))
 
 
 def test_a_whole_image_is_looked_at_by_a_part_that_says_so():

@@ -88,8 +88,7 @@ def make_tiles(model: GaussianSR, width: int, threads: int) -> list[Tile]:
     if count * least > width:
         count = int(width / least) // threads * threads or 1
     edges = [width * i // count for i in range(count + 1)]
-    # SwinIR counts its attention windows from the image's corner.
-    step = getattr(model.encoder, "window", 1)
+    step = getattr(model.encoder, "alignment", 1)
     return [
         Tile(
             start,

@@ -16,13 +16,15 @@ Large images are encoded by bands of rows and tiles of columns with the halo aro
 `halo = None` says that features depend on the whole image, which is then encoded at once. A deep
 encoder should have `stream` (see `gsr.models.stream` and `gsr.models.encoders.rdn`), which computes
 no row twice, and `floats`: how many numbers it holds for each pixel of a band and for each column
-of the image. A head of one's own is best a `gsr.models.query_head.QueryHead`.
+of the image. With a stream, windows may be counted from the image's corner: `alignment` is their
+side. A head of one's own is best a `gsr.models.query_head.QueryHead`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 
 import torch
@@ -47,7 +49,7 @@ HEADS = {
     "lte": "gsr.models.heads.lte.LTEHead",
 }
 WHOLE = 2**31  # a halo beyond the border of every image
-MARGIN, WIDTH, CUT = 8, 16, 9  # of the image on which a halo is tried, and what is cut off
+MARGIN, WIDTH, CUT = 7, 16, 9  # of the image on which a halo is tried, and what is cut off
 _tried: set[tuple[type, str]] = set()
 
 
@@ -125,12 +127,15 @@ def check_halo(encoder: nn.Module, name: str, n_feats: int) -> None:
     odd row or column on: what depends on even places shows too. In float64, where what is left of
     a change after some tens of convolutions can still be seen.
     """
-    length, generator = encoder.halo + 2 * MARGIN, torch.Generator().manual_seed(0)
+    alignment = getattr(encoder, "alignment", 1) if hasattr(encoder, "stream") else 1
+    cut_off = math.ceil(CUT / alignment) * alignment
+    length, generator = encoder.halo + MARGIN + cut_off, torch.Generator().manual_seed(0)
+    rest = length - cut_off
     twin = copy.deepcopy(encoder).cpu().eval()
     for axis, unit in ((-2, "rows"), (-1, "columns")):
         image = torch.rand(1, 3, length, WIDTH, generator=generator, device="cpu")
         image = image if axis == -2 else image.mT
-        cuts = [image, image.narrow(axis, CUT, length - CUT), image.narrow(axis, 0, length - CUT)]
+        cuts = image, image.narrow(axis, cut_off, rest), image.narrow(axis, 0, rest)
         least = 1e-12
         try:
             whole, lower, upper = (twin.double()(x.double()) for x in cuts)
@@ -143,8 +148,8 @@ def check_halo(encoder: nn.Module, name: str, n_feats: int) -> None:
                 f"{list(whole.shape)}, which must be {[1, n_feats, *image.shape[2:]]}"
             )
         pairs = (
-            (lower, whole.narrow(axis, CUT, length - CUT)),
-            (upper.flip(axis), whole.narrow(axis, 0, length - CUT).flip(axis)),
+            (lower, whole.narrow(axis, cut_off, rest)),
+            (upper.flip(axis), whole.narrow(axis, 0, rest).flip(axis)),
         )
         for cut, same in pairs:  # the cut is above the first row, or left of the first column
             change = (cut - same).abs().transpose(axis, 0).flatten(1).amax(1)
