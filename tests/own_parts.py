@@ -116,6 +116,14 @@ def invert(image, rng):
     return Image.fromarray(255 - np.asarray(image))
 
 
+def array(image, rng):
+    return np.asarray(image)
+
+
+def forgets(model, lr):
+    torch.optim.Adam(model.parameters(), lr=lr)
+
+
 def crop(image, rng):
     return image.crop((0, 0, 5, 5))
 

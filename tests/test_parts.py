@@ -33,7 +33,7 @@ from gsr.config import (
     to_dict,
 )
 from gsr.data import degradations
-from gsr.data.patches import PatchDataset, make_loader, split_images
+from gsr.data.patches import Item, PatchDataset, make_loader, read_item, split_images
 from gsr.errors import InputError
 from gsr.inference.strips import StripRenderer, make_tiles
 from gsr.losses import WeightedSum
@@ -148,6 +148,16 @@ def refused(make):
         (
             lambda: make_schedule(TrainConfig(schedule=ScheduleConfig("cosine", x=1)), 3, 1),
             "train.schedule: cosine",
+        ),
+        (
+            lambda: make_optimizer(
+                torch.nn.Linear(1, 1), TrainConfig(optimizer=OptimizerConfig(f"{OWN}.forgets"))
+            ),
+            f"{OWN}.forgets gives NoneType; it must return a torch.optim.Optimizer",
+        ),
+        (
+            lambda: make_schedule(TrainConfig(schedule=ScheduleConfig("step", gamma=0.1)), 3, 1),
+            "train.schedule: step cannot take its keys: gamma; set train.step_epochs and train.ga",
         ),
         (lambda: GaussianSR(own("Plain", dept=1)), "'dept'"),
         (lambda: GaussianSR(own("NoHalo")), f"{OWN}.NoHalo lacks halo"),
@@ -422,6 +432,21 @@ def test_items_that_are_no_images(keys, said):
     assert said in refused(lambda: batches(data(dataset=DatasetConfig(f"{OWN}.Images", **keys))))
 
 
+@pytest.mark.parametrize("count, kind", [(0, tuple), (1, list), (2, list), (3, tuple)])
+def test_an_item_is_an_image_or_two(count, kind):
+    images = kind(np.zeros((4, 4, 3), np.uint8) for _ in range(count))
+    said = refused(lambda: read_item(Item([images], 0)))
+    assert said == "data.dataset: item 0 is no image and no tuple of two, LR and HR"
+
+
+def test_an_empty_pair_is_refused():
+    empty = np.zeros((0, 4, 3), np.uint8)
+    for pair in ((empty, empty), (empty, np.zeros((4, 4, 3), np.uint8))):
+        assert "HR must be a whole number of times" in refused(
+            lambda p=pair: read_item(Item([p], 0))
+        )
+
+
 def test_a_dense_batch_is_all_pixels_of_the_same_patches():
     config = data(dataset=DatasetConfig(f"{OWN}.Images"), scale_min=2.0)
     for whole, some in zip(batches(config, dense=True), batches(config), strict=True):
@@ -474,3 +499,5 @@ def test_stages_in_their_order_and_by_their_shares():
     assert 30 < sum(np.array_equal(x, 255 - plain) for x in seldom) < 70
     said = refused(lambda: lr(StageConfig(f"{OWN}.crop")))
     assert "crop makes an image of (5, 5) in RGB of one of" in said
+    said = refused(lambda: lr(StageConfig(f"{OWN}.array")))
+    assert "array returns ndarray; it must be a Pillow image" in said

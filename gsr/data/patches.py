@@ -79,7 +79,10 @@ def read_item(item: Path | Item) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     if isinstance(item, Path):
         return read_image(item)
     given = item.dataset[item.index]
-    images = [np.asarray(image) for image in (given if isinstance(given, tuple) else (given,))]
+    given = given if isinstance(given, tuple) else (given,)
+    if len(given) not in (1, 2) or any(isinstance(image, (list, tuple)) for image in given):
+        raise InputError(f"{item} is no image and no tuple of two, LR and HR")
+    images = [np.asarray(image) for image in given]
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(
@@ -88,8 +91,8 @@ def read_item(item: Path | Item) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     if len(images) == 1:
         return images[0]
     lr, hr = images
-    scale = hr.shape[0] // lr.shape[0]
-    if hr.shape != (scale * lr.shape[0], scale * lr.shape[1], 3):
+    scale = hr.shape[0] // max(1, lr.shape[0])
+    if hr.size == 0 or hr.shape != (scale * lr.shape[0], scale * lr.shape[1], 3):
         raise InputError(
             f"{item} is a pair of LR {list(lr.shape)} and HR {list(hr.shape)}; HR must be a whole "
             "number of times larger"
