@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from gsr import runs
 from gsr import viz as inspection
 from gsr.config import ScheduleConfig, load_config
 from gsr.data.patches import Batch, pixel_coords, split_images
@@ -29,7 +31,7 @@ from gsr.models.checkpoint import load_model, save_model
 from gsr.models.heads.bank import assign
 from gsr.ops.resize import bicubic
 from gsr.optim import make_schedule
-from gsr.runs import VAL_SCALES, validate, validation_pairs
+from gsr.runs import VAL_SCALES, bf16_loss, validate, validation_pairs
 from gsr.viz import draw_gaussians
 from tests.children import finish, start
 
@@ -630,3 +632,14 @@ def test_a_model_that_ignores_its_input_ends_the_run(tmp_path):
         go(c)
     # The first step alone, whose colours are zero, does not count.
     go(config(tmp_path, "name=alive", "train.log_every=1", *steps[:1]))
+
+
+@pytest.mark.parametrize(
+    "exact, lossy, loss",
+    [([30.0, 31.0], [30.0, 30.75], 0.25), ([math.inf] * 2, [math.inf, 40.0], None)],
+)
+def test_what_bf16_costs_is_a_number_or_unknown(exact, lossy, loss, tiny_model, monkeypatch):
+    keys = "psnr", "x2"
+    monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(runs, "validate", lambda *_: dict(zip(keys, lossy, strict=True)))
+    assert bf16_loss(tiny_model, [], dict(zip(keys, exact, strict=True))) == loss
