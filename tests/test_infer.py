@@ -193,6 +193,13 @@ def test_alpha_of_arrays_is_bicubic(tiny_model, picture, kind):
     np.testing.assert_array_equal(result[..., 3], expected)
 
 
+def test_a_matrix_is_a_grey_array(tiny_model, picture):
+    expected = gsr.upscale(picture[..., 0], 2, model=tiny_model)
+    np.testing.assert_array_equal(
+        gsr.upscale(picture[..., 0].view(np.matrix), 2, model=tiny_model), expected
+    )
+
+
 def test_read_only_and_reversed_arrays(tiny_model, picture):
     expected = gsr.upscale(picture[::-1, ::-1].copy(), 2, model=tiny_model)
     view = picture[::-1, ::-1]
