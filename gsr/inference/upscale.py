@@ -194,7 +194,7 @@ def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int
 
 
 def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
-    image = np.asarray(image)  # PyTorch takes a subclass such as np.matrix for what it is not
+    image = np.asarray(image)  # a view of np.matrix with a third axis has a broken shape
     shape = list(image.shape)
     if image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3, 4)):
         hint = "; transpose(1, 2, 0) puts channels last" if shape[:1] == [3] else ""
