@@ -33,7 +33,7 @@ from gsr.io.image import TEMPORARY, list_images, read_image, write_atomic
 from gsr.io.paths import make_folder
 
 T = TypeVar("T")
-CACHE_DIR = ".gsr-cache"  # in the folder of the pictures, where `list_images` does not look
+CACHE_DIR = ".gsr-cache"  # in the folder of the images, where `list_images` does not look
 
 
 class Batch(NamedTuple):
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 class Draw(NamedTuple):
     """One place in a batch."""
 
-    index: int  # picture
+    index: int  # image
     scale: float
     key: tuple[int, ...]  # seeds this patch's own random numbers
 
@@ -176,7 +176,7 @@ def to_bytes(amount: str | None) -> float:
 
 
 def decoded_bytes(path: Path) -> int:
-    """Bytes of a picture as uint8 RGB, from its header; 0 for one that `read_image` refuses."""
+    """Bytes of an image as uint8 RGB, from its header; 0 for one that `read_image` refuses."""
     try:
         with Image.open(path) as image:
             return 3 * image.width * image.height
@@ -185,26 +185,26 @@ def decoded_bytes(path: Path) -> int:
 
 
 def fitting(paths: list[Path], budget: float) -> int:
-    """How many pictures, from the first on, fit decoded into so many bytes."""
+    """How many images, from the first on, fit decoded into so many bytes."""
     if budget == math.inf:
         return len(paths)
     total = np.cumsum([decoded_bytes(path) for path in paths])
     return int(np.searchsorted(total, budget, side="right"))
 
 
-class MappedPictures:
-    """Decoded pictures in a folder, one .npy file each, mapped into memory when they are read.
+class MappedImages:
+    """Decoded images in a folder, one .npy file each, mapped into memory when they are read.
 
     All processes of a machine share the one copy in the system's page cache, whose memory it takes
-    back when it must. A file carries its picture's path (as a hash), size and time of change in its
-    name: a picture that has changed has no file yet.
+    back when it must. A file carries its image's path (as a hash), size and time of change in its
+    name: an image that has changed has no file yet.
 
     Args:
         folder: made if need be.
-        paths: the pictures.
+        paths: the images.
 
     Raises:
-        InputError: the folder cannot be made or written to, or a picture is gone.
+        InputError: the folder cannot be made or written to, or an image is gone.
     """
 
     def __init__(self, folder: Path, paths: list[Path]):
@@ -229,7 +229,7 @@ class MappedPictures:
         return len(self.files)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Picture i: uint8 [H, W, 3], read-only. Its file is made where it is missing or damaged.
+        """Image i: uint8 [H, W, 3], read-only. Its file is made where it is missing or damaged.
 
         Mapped anew each time: a map that is kept would keep a file open, and systems allow few.
         """
@@ -239,13 +239,13 @@ class MappedPictures:
                 raise ValueError
             return kept
         except Exception:  # a damaged header is parsed as Python, which may raise anything
-            picture, packed = read_image(self.paths[i]), io.BytesIO()
-            np.save(packed, picture)
+            image, packed = read_image(self.paths[i]), io.BytesIO()
+            np.save(packed, image)
             write_atomic(self.files[i], packed.getbuffer())
-            return picture
+            return image
 
     def remove_outdated(self) -> None:
-        """Remove the files of what these pictures were before, and what killed runs left over."""
+        """Remove the files of what these images were before, and what killed runs left over."""
         for file in self.folder.glob(f".*{TEMPORARY}"):
             with suppress(FileNotFoundError):  # another run has just removed or renamed it
                 if time.time() - file.stat().st_mtime > 3600:  # or is still writing it
@@ -270,7 +270,7 @@ class PatchDataset(Dataset):
         dense: all pixels of an HR patch are its queries, row by row.
 
     Raises:
-        InputError: a picture is unreadable, or smaller than the largest crop, or the cache cannot
+        InputError: an image is unreadable, or smaller than the largest crop, or the cache cannot
             be written.
     """
 
@@ -280,32 +280,32 @@ class PatchDataset(Dataset):
         check_stages(config.degrade)
         paths = [path for path in self.paths if isinstance(path, Path)]  # all or none
         self.memory: dict[int, np.ndarray] = {}
-        self.mapped: MappedPictures | None = None
+        self.mapped: MappedImages | None = None
         kind = config.cache if paths else "none"
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
             first = config.train if isinstance(config.train, str) else next(iter(config.train))
             folder = Path(config.cache_dir or Path(first) / CACHE_DIR)
-            self.mapped = MappedPictures(folder, paths[:cached])
+            self.mapped = MappedImages(folder, paths[:cached])
         place, places = distributed.local_rank()
         for i, path in enumerate(paths):
             if kind == "memory" and i < cached:  # each process has its own
                 self.memory[i] = read_image(path)
             if i in self.memory or i % places == place:
-                self._picture(i)
-        distributed.agree()  # from here on all pictures are known to be good, and all files there
+                self._image(i)
+        distributed.agree()  # from here on all images are known to be good, and all files there
         if self.mapped and place == 0:
             self.mapped.remove_outdated()
 
-    def _picture(self, i: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Picture i from where it is kept, else as `read_item` gives it."""
+    def _image(self, i: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Image i from where it is kept, else as `read_item` gives it."""
         if i in self.memory:
-            picture = self.memory[i]
+            image = self.memory[i]
         elif self.mapped and i < len(self.mapped):
-            picture = self.mapped[i]
+            image = self.mapped[i]
         else:
-            picture = read_item(self.paths[i])
-        hr = picture[-1] if isinstance(picture, tuple) else picture
+            image = read_item(self.paths[i])
+        hr = image[-1] if isinstance(image, tuple) else image
         c, (height, width) = self.config, hr.shape[:2]
         largest = round(c.patch * c.scale_max)
         if min(height, width) < largest:
@@ -314,7 +314,7 @@ class PatchDataset(Dataset):
                 f"{largest} (data.patch {c.patch} x data.scale_max {c.scale_max}): remove it or "
                 "lower either"
             )
-        return picture
+        return image
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -322,9 +322,9 @@ class PatchDataset(Dataset):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor, float, int]:
         """LR [3, p, p] uint8, HR indices [Q], HR pixels [Q, 3] uint8, scale, seed of the noise."""
         rng = np.random.default_rng(draw.key)
-        picture = self._picture(draw.index)
-        cut = self._cut_pair if isinstance(picture, tuple) else self._cut
-        lr, hr = cut(picture, draw, rng)
+        image = self._image(draw.index)
+        cut = self._cut_pair if isinstance(image, tuple) else self._cut
+        lr, hr = cut(image, draw, rng)
         flip_y, flip_x, transpose = rng.random(3) < 0.5
         lr, hr = (_augment(a, flip_y, flip_x, transpose) for a in (lr, hr))
         pixels = hr.shape[0] * hr.shape[1]
@@ -341,20 +341,20 @@ class PatchDataset(Dataset):
         )
 
     def _cut(
-        self, picture: np.ndarray, draw: Draw, rng: np.random.Generator
+        self, image: np.ndarray, draw: Draw, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """LR and HR of a patch of an HR image."""
         p = self.config.patch
         side = round(p * draw.scale)
-        y, x = (int(rng.integers(0, n - side + 1)) for n in picture.shape[:2])
+        y, x = (int(rng.integers(0, n - side + 1)) for n in image.shape[:2])
         # Degradations reach beyond the patch; without them, as published, nothing does.
         around = 0 if self.config.degrade is None else math.ceil((MARGIN + 4) * side / p)
         top, left = max(0, y - around), max(0, x - around)
-        near = picture[top : y + side + around, left : x + side + around]
+        near = image[top : y + side + around, left : x + side + around]
         box = (x - left, y - top, x - left + side, y - top + side)
         near = Image.fromarray(np.ascontiguousarray(near))
         lr = np.asarray(degrade(near, p, box, self.config.degrade, rng))
-        return lr, picture[y : y + side, x : x + side]
+        return lr, image[y : y + side, x : x + side]
 
     def _cut_pair(
         self, pair: tuple[np.ndarray, np.ndarray], draw: Draw, rng: np.random.Generator
@@ -397,12 +397,12 @@ class ScaleBatchSampler(Sampler):
     """Batches of `Draw`, one scale a batch, uniform in [scale_min, scale_max].
 
     An epoch visits every image so many times, in an order drawn from (seed, epoch). Steps count
-    from 0 over the whole run, so that starting at `first` continues it.
+    from 0 over the whole run, so that starting at `start` continues it.
 
     Args:
         visits: to each image.
         config: `batch` and the scales are used.
-        seed, first, last: of the run; its steps from `first` until before `last`.
+        seed, start, stop: of the run; its steps from `start` until before `stop`.
         accumulate: micro-batches that a step's share is cut into; each is one item.
         rank, ranks: this process, and how many share a batch, each a run of neighbours in it.
 
@@ -411,7 +411,7 @@ class ScaleBatchSampler(Sampler):
     """
 
     def __init__(
-        self, visits: Sequence[int], config: DataConfig, seed: int, first: int, last: int,
+        self, visits: Sequence[int], config: DataConfig, seed: int, start: int, stop: int,
         accumulate: int = 1, rank: int = 0, ranks: int = 1,
     ):  # fmt: skip
         self.config, self.seed = config, seed
@@ -419,18 +419,18 @@ class ScaleBatchSampler(Sampler):
         self.slots = np.concatenate(
             [np.flatnonzero(np.asarray(visits) > n) for n in range(max(visits))]
         )
-        self.first, self.last = first, last
+        self.start, self.stop = start, stop
         self.per_epoch = steps_per_epoch(visits, config)
         size = micro_batch(config.batch, ranks, accumulate)
-        start = rank * accumulate * size
-        self.parts = [range(start + i * size, start + (i + 1) * size) for i in range(accumulate)]
+        mine = rank * accumulate * size
+        self.parts = [range(mine + i * size, mine + (i + 1) * size) for i in range(accumulate)]
 
     def __len__(self) -> int:
-        return (self.last - self.first) * len(self.parts)
+        return (self.stop - self.start) * len(self.parts)
 
     def __iter__(self):
         c, order, ordered = self.config, None, None
-        for step in range(self.first, self.last):
+        for step in range(self.start, self.stop):
             epoch, place = divmod(step, self.per_epoch)
             if epoch != ordered:
                 rng = np.random.default_rng([self.seed, 0, epoch])
@@ -471,13 +471,13 @@ def _collate(items) -> Batch:
 def make_loader(
     dataset: PatchDataset,
     seed: int,
-    first: int,
-    last: int,
+    start: int,
+    stop: int,
     accumulate: int = 1,
     pin: bool = False,
     workers: int | None = None,
 ) -> DataLoader:
-    """This process's micro-batches, `accumulate` a step, for steps `first` to `last` of a run.
+    """This process's micro-batches, `accumulate` a step, for steps `start` to `stop` of a run.
 
     `workers` processes load them, by default as many as the dataset's config says.
     """
@@ -485,7 +485,7 @@ def make_loader(
     c = dataset.config
     return DataLoader(
         dataset,
-        batch_sampler=ScaleBatchSampler(dataset.visits, c, seed, first, last, accumulate, *ranks),
+        batch_sampler=ScaleBatchSampler(dataset.visits, c, seed, start, stop, accumulate, *ranks),
         num_workers=c.workers if workers is None else workers,
         collate_fn=_collate,
         pin_memory=pin,
