@@ -105,6 +105,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     own_class = isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer)
     given = model.parameters() if own_class else model
     optimizer = parts.make(maker, (given,), keys, f"train.optimizer: {part.name}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"train.optimizer: {part.name} gives {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer"
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -144,6 +149,11 @@ def make_schedule(config: TrainConfig, total: int, per_epoch: int) -> Callable[[
     part, keys = config.schedule, config.schedule.keys
     schedule = parts.find(part.name, SCHEDULES, "train.schedule")
     if part.name == "step":
+        if keys:
+            raise InputError(
+                f"train.schedule: step cannot take its keys: {', '.join(keys)}; set "
+                "train.step_epochs and train.gamma"
+            )
         keys |= {"every": per_epoch * config.step_epochs, "gamma": config.gamma}
     parts.check_keys(schedule, (0, total), keys, f"train.schedule: {part.name}")
 

@@ -364,7 +364,8 @@ def bf16_loss(
         return None
     with torch.autocast(device.type, torch.bfloat16):
         lossy = validate(model, pairs)
-    return round(max(metrics[key] - lossy[key] for key in metrics), 5)
+    loss = max(metrics[key] - lossy[key] for key in metrics)
+    return round(loss, 5) if math.isfinite(loss) else None  # of exact images the PSNR is infinite
 
 
 @torch.inference_mode()

@@ -110,7 +110,7 @@ def survey(
         around = middle_crop(image)  # all of it: windows share the mean of their Gaussians
     elif isinstance(head, (DirectHead, BankHead)):
         # The crop's halo. SwinIR counts its attention windows from the image's corner.
-        halo, step = model.halo, getattr(model.encoder, "window", 1)
+        halo, step = model.halo, getattr(model.encoder, "alignment", 1)
         around = Crop(*(slice(max(0, part.start - halo) // step * step, part.stop + halo)
                         for part in crop))  # fmt: skip
     else:

@@ -5,6 +5,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gsr.config import EncoderConfig
+from gsr.models.encoders.swinir import SwinIR
+
 
 class Plain(nn.Module):
     """Convolutions; says any halo."""
@@ -40,9 +43,60 @@ class Single(Plain):
     """Computes in float32, whatever it is given."""
 
     def forward(self, lr):
-        return torch.relu(lr.float() @ torch.ones(lr.shape[-1], lr.shape[-1])).repeat(1, 3, 1, 1)[
+        return torch.relu(lr.float() @ torch.eye(lr.shape[-1])).repeat(1, 3, 1, 1)[
             :, : self.body[0].out_channels
         ]
+
+
+class Wide(Plain):
+    """Looks further along the rows than down the columns."""
+
+    def __init__(self, n_feats, halo=5):
+        super().__init__(n_feats, 1, halo)
+        self.along = nn.Conv2d(n_feats, n_feats, (1, 9), padding=(0, 4))
+
+    def forward(self, lr):
+        return self.along(self.body(lr))
+
+
+class Pairs(Plain):
+    """Takes the mean of pairs of rows, from the first on."""
+
+    def forward(self, lr):
+        x = self.body(lr)
+        rows = torch.arange(x.shape[-2]) // 2 * 2
+        return (x[:, :, rows] + x[:, :, (rows + 1).clamp(max=x.shape[-2] - 1)]) / 2
+
+
+class Counted(Plain):
+    """Has buffers of whole numbers and a weight under two names."""
+
+    def __init__(self, n_feats):
+        super().__init__(n_feats, 1, 3)
+        self.norm = nn.BatchNorm2d(n_feats)
+        self.once = nn.Conv2d(n_feats, n_feats, 3, padding=1)
+        self.again = self.once
+        self.register_buffer("order", torch.arange(n_feats).flip(0))
+
+    def forward(self, lr):
+        return self.again(self.once(self.norm(self.body(lr))[:, self.order]))
+
+
+class Windowed(SwinIR):
+    """Attention in windows, which are counted from the image's corner."""
+
+    def __init__(self, n_feats, alignment=4):
+        c = EncoderConfig("swinir", n_feats, dim=8, depths=[2], heads=2, window=4)
+        super().__init__(c)
+        self.alignment = alignment
+
+
+class Named(Plain):
+    """Uses the name of what SwinIR has, for something else."""
+
+    def __init__(self, n_feats):
+        super().__init__(n_feats)
+        self.register_buffer("window", torch.hann_window(8))
 
 
 class NoHalo(nn.Module):
@@ -60,6 +114,14 @@ def scaled(out, target, by=1.0):
 
 def invert(image, rng):
     return Image.fromarray(255 - np.asarray(image))
+
+
+def array(image, rng):
+    return np.asarray(image)
+
+
+def forgets(model, lr):
+    torch.optim.Adam(model.parameters(), lr=lr)
 
 
 def crop(image, rng):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import gsr
 import train
@@ -32,9 +33,9 @@ from gsr.config import (
     to_dict,
 )
 from gsr.data import degradations
-from gsr.data.patches import PatchDataset, make_loader, split_images
+from gsr.data.patches import Item, PatchDataset, make_loader, read_item, split_images
 from gsr.errors import InputError
-from gsr.inference.strips import StripRenderer
+from gsr.inference.strips import StripRenderer, make_tiles
 from gsr.losses import WeightedSum
 from gsr.models import GaussianSR
 from gsr.models import registry as registered
@@ -148,6 +149,16 @@ def refused(make):
             lambda: make_schedule(TrainConfig(schedule=ScheduleConfig("cosine", x=1)), 3, 1),
             "train.schedule: cosine",
         ),
+        (
+            lambda: make_optimizer(
+                torch.nn.Linear(1, 1), TrainConfig(optimizer=OptimizerConfig(f"{OWN}.forgets"))
+            ),
+            f"{OWN}.forgets gives NoneType; it must return a torch.optim.Optimizer",
+        ),
+        (
+            lambda: make_schedule(TrainConfig(schedule=ScheduleConfig("step", gamma=0.1)), 3, 1),
+            "train.schedule: step cannot take its keys: gamma; set train.step_epochs and train.ga",
+        ),
         (lambda: GaussianSR(own("Plain", dept=1)), "'dept'"),
         (lambda: GaussianSR(own("NoHalo")), f"{OWN}.NoHalo lacks halo"),
         (lambda: GaussianSR(own("function")), "is no class of torch.nn.Module"),
@@ -234,6 +245,36 @@ def test_a_halo_that_is_too_small_is_refused(depth, halo):
     assert f"has halo {halo}, but its features depend on pixels {depth} rows away" in said
 
 
+@pytest.mark.parametrize("halo", [1.5, "2", -1, True])
+def test_a_halo_is_a_whole_number(halo):
+    said = refused(lambda: GaussianSR(own("Plain", depth=1, halo=halo)))
+    assert f"has halo {halo!r}, which must be a whole number from 0, or None" in said
+
+
+def test_a_halo_holds_along_the_rows_too():
+    GaussianSR(own("Wide"))
+    said = refused(lambda: GaussianSR(own("Wide", halo=2)))
+    assert "has halo 2, but its features depend on pixels 5 columns away" in said
+
+
+def test_features_that_depend_on_their_place_are_refused():
+    assert "None if they depend on the whole image, or on the place" in refused(
+        lambda: GaussianSR(own("Pairs", depth=1, halo=2))
+    )
+
+
+def test_windows_are_counted_from_the_corner_in_tiles_too(monkeypatch):
+    monkeypatch.setattr(gsr.inference.strips, "HALO_SHARE", 0.9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for name in ("Windowed", "Named"):
+        model = GaussianSR(own(name)).eval()
+        assert len(make_tiles(model, 203, 2)) == 2
+        lr = torch.rand(1, 3, 17, 203, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            assert (strips(model, lr, (34, 406)) - model(lr, scale=2)).abs().max() < 1e-5
+    assert "or on the place in it" in refused(lambda: GaussianSR(own("Windowed", alignment=1)))
+
+
 def test_a_whole_image_is_looked_at_by_a_part_that_says_so():
     assert "or None if they depend on the whole image" in refused(
         lambda: GaussianSR(own("Attention"))
@@ -256,7 +297,7 @@ def test_an_encoder_with_global_operations_is_run_whole(monkeypatch):
         model = GaussianSR(own("Attention", **keys)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(0, 0.15)
+                parameter.normal_(0, 0.1)  # colours of about 1
         lr = torch.rand(1, 3, 40, 9, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             return (strips(model, lr, (80, 18)) - model(lr, size=(80, 18))).abs().max()
@@ -309,6 +350,21 @@ def test_a_folder_never_imports_what_it_names(tmp_path, monkeypatch):
         content["model"]["encoder"] = {"name": name, "args": ["touch", "x"], "shell": True}
         path.write_text(json.dumps(content))
         assert "is no class of torch.nn.Module" in refused(lambda: gsr.load(tmp_path / "model"))
+
+
+def test_folders_hold_whole_numbers_and_weights_of_two_names(tmp_path):
+    model = GaussianSR(own("Counted"))
+    model.encode(torch.rand(2, 3, 8, 8))  # BatchNorm counts it
+    save_model(tmp_path, model)
+    same = gsr.load(tmp_path)
+    assert same.encoder.norm.num_batches_tracked == 1
+    lr = torch.rand(1, 3, 8, 8)
+    assert torch.equal(same(lr, scale=2), model.eval()(lr, scale=2))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["encoder.order"] = tensors["encoder.order"] / 2
+    save_file(tensors, tmp_path / "model.safetensors")
+    said = refused(lambda: gsr.load(tmp_path))
+    assert "encoder.order is not a dense tensor of torch.int64" in said
 
 
 def test_loading_draws_no_random_numbers(tmp_path):
@@ -376,6 +432,21 @@ def test_items_that_are_no_images(keys, said):
     assert said in refused(lambda: batches(data(dataset=DatasetConfig(f"{OWN}.Images", **keys))))
 
 
+@pytest.mark.parametrize("count, kind", [(0, tuple), (1, list), (2, list), (3, tuple)])
+def test_an_item_is_an_image_or_two(count, kind):
+    images = kind(np.zeros((4, 4, 3), np.uint8) for _ in range(count))
+    said = refused(lambda: read_item(Item([images], 0)))
+    assert said == "data.dataset: item 0 is no image and no tuple of two, LR and HR"
+
+
+def test_an_empty_pair_is_refused():
+    empty = np.zeros((0, 4, 3), np.uint8)
+    for pair in ((empty, empty), (empty, np.zeros((4, 4, 3), np.uint8))):
+        assert "HR must be a whole number of times" in refused(
+            lambda p=pair: read_item(Item([p], 0))
+        )
+
+
 def test_a_dense_batch_is_all_pixels_of_the_same_patches():
     config = data(dataset=DatasetConfig(f"{OWN}.Images"), scale_min=2.0)
     for whole, some in zip(batches(config, dense=True), batches(config), strict=True):
@@ -428,3 +499,5 @@ def test_stages_in_their_order_and_by_their_shares():
     assert 30 < sum(np.array_equal(x, 255 - plain) for x in seldom) < 70
     said = refused(lambda: lr(StageConfig(f"{OWN}.crop")))
     assert "crop makes an image of (5, 5) in RGB of one of" in said
+    said = refused(lambda: lr(StageConfig(f"{OWN}.array")))
+    assert "array returns ndarray; it must be a Pillow image" in said

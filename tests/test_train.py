@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from gsr import runs
 from gsr import viz as inspection
 from gsr.config import ScheduleConfig, load_config
 from gsr.data.patches import Batch, pixel_coords, split_images
@@ -653,3 +655,14 @@ def test_what_bf16_costs_is_measured_in_bf16(monkeypatch):
     metrics = validate(model, pairs)
     assert bf16_loss(model, pairs, metrics) != 0
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "exact, lossy, loss",
+    [([30.0, 31.0], [30.0, 30.75], 0.25), ([math.inf] * 2, [math.inf, 40.0], None)],
+)
+def test_what_bf16_costs_is_a_number_or_unknown(exact, lossy, loss, tiny_model, monkeypatch):
+    keys = "psnr", "x2"
+    monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(runs, "validate", lambda *_: dict(zip(keys, lossy, strict=True)))
+    assert bf16_loss(tiny_model, [], dict(zip(keys, exact, strict=True))) == loss

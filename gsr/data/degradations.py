@@ -160,6 +160,10 @@ def degrade(
             lr = STAGES[stage.name](lr, section, rng)
             continue
         before, lr = lr, parts.find(stage.name, {}, OWN)(lr, rng, **stage.keys)
+        if not isinstance(lr, Image.Image):
+            raise InputError(
+                f"{OWN}: {stage.name} returns {type(lr).__name__}; it must be a Pillow image"
+            )
         if (lr.size, lr.mode) != (before.size, "RGB"):
             raise InputError(
                 f"{OWN}: {stage.name} makes an image of {lr.size} in {lr.mode} of one of "

@@ -79,7 +79,10 @@ def read_item(item: Path | Item) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     if isinstance(item, Path):
         return read_image(item)
     given = item.dataset[item.index]
-    images = [np.asarray(image) for image in (given if isinstance(given, tuple) else (given,))]
+    given = given if isinstance(given, tuple) else (given,)
+    if len(given) not in (1, 2) or any(isinstance(image, (list, tuple)) for image in given):
+        raise InputError(f"{item} is no image and no tuple of two, LR and HR")
+    images = [np.asarray(image) for image in given]
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(
@@ -88,8 +91,8 @@ def read_item(item: Path | Item) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     if len(images) == 1:
         return images[0]
     lr, hr = images
-    scale = hr.shape[0] // lr.shape[0]
-    if hr.shape != (scale * lr.shape[0], scale * lr.shape[1], 3):
+    scale = hr.shape[0] // max(1, lr.shape[0])
+    if hr.size == 0 or hr.shape != (scale * lr.shape[0], scale * lr.shape[1], 3):
         raise InputError(
             f"{item} is a pair of LR {list(lr.shape)} and HR {list(hr.shape)}; HR must be a whole "
             "number of times larger"
@@ -189,7 +192,7 @@ def fitting(paths: list[Path], budget: float) -> int:
     return int(np.searchsorted(total, budget, side="right"))
 
 
-class MappedPictures:
+class MappedImages:
     """Decoded images in a folder, one .npy file each, mapped into memory when they are read.
 
     All processes of a machine share the one copy in the system's page cache, whose memory it takes
@@ -277,13 +280,13 @@ class PatchDataset(Dataset):
         check_stages(config.degrade)
         paths = [path for path in self.paths if isinstance(path, Path)]  # all or none
         self.memory: dict[int, np.ndarray] = {}
-        self.mapped: MappedPictures | None = None
+        self.mapped: MappedImages | None = None
         kind = config.cache if paths else "none"
         cached = 0 if kind == "none" else fitting(paths, to_bytes(config.cache_budget))
         if kind == "mmap":
             first = config.train if isinstance(config.train, str) else next(iter(config.train))
             folder = Path(config.cache_dir or Path(first) / CACHE_DIR)
-            self.mapped = MappedPictures(folder, paths[:cached])
+            self.mapped = MappedImages(folder, paths[:cached])
         place, places = distributed.local_rank()
         for i, path in enumerate(paths):
             if kind == "memory" and i < cached:  # each process has its own
@@ -396,12 +399,12 @@ class ScaleBatchSampler(Sampler):
     """Batches of `Draw`, one scale a batch, uniform in [scale_min, scale_max].
 
     An epoch visits every image so many times, in an order drawn from (seed, epoch). Steps count
-    from 0 over the whole run, so that starting at `first` continues it.
+    from 0 over the whole run, so that starting at `start` continues it.
 
     Args:
         visits: to each image.
         config: `batch` and the scales are used.
-        seed, first, last: of the run; its steps from `first` until before `last`.
+        seed, start, stop: of the run; its steps from `start` until before `stop`.
         accumulate: micro-batches that a step's share is cut into; each is one item.
         rank, ranks: this process, and how many share a batch, each a run of neighbours in it.
 
@@ -410,7 +413,7 @@ class ScaleBatchSampler(Sampler):
     """
 
     def __init__(
-        self, visits: Sequence[int], config: DataConfig, seed: int, first: int, last: int,
+        self, visits: Sequence[int], config: DataConfig, seed: int, start: int, stop: int,
         accumulate: int = 1, rank: int = 0, ranks: int = 1,
     ):  # fmt: skip
         self.config, self.seed = config, seed
@@ -418,18 +421,18 @@ class ScaleBatchSampler(Sampler):
         self.slots = np.concatenate(
             [np.flatnonzero(np.asarray(visits) > n) for n in range(max(visits))]
         )
-        self.first, self.last = first, last
+        self.start, self.stop = start, stop
         self.per_epoch = steps_per_epoch(visits, config)
         size = micro_batch(config.batch, ranks, accumulate)
-        start = rank * accumulate * size
-        self.parts = [range(start + i * size, start + (i + 1) * size) for i in range(accumulate)]
+        mine = rank * accumulate * size
+        self.parts = [range(mine + i * size, mine + (i + 1) * size) for i in range(accumulate)]
 
     def __len__(self) -> int:
-        return (self.last - self.first) * len(self.parts)
+        return (self.stop - self.start) * len(self.parts)
 
     def __iter__(self):
         c, order, ordered = self.config, self.slots, -1
-        for step in range(self.first, self.last):
+        for step in range(self.start, self.stop):
             epoch, place = divmod(step, self.per_epoch)
             if epoch != ordered:
                 rng = np.random.default_rng([self.seed, 0, epoch])
@@ -470,13 +473,13 @@ def _collate(items) -> Batch:
 def make_loader(
     dataset: PatchDataset,
     seed: int,
-    first: int,
-    last: int,
+    start: int,
+    stop: int,
     accumulate: int = 1,
     pin: bool = False,
     workers: int | None = None,
 ) -> DataLoader:
-    """This process's micro-batches, `accumulate` a step, for steps `first` to `last` of a run.
+    """This process's micro-batches, `accumulate` a step, for steps `start` to `stop` of a run.
 
     `workers` processes load them, by default as many as the dataset's config says.
     """
@@ -484,7 +487,7 @@ def make_loader(
     c = dataset.config
     return DataLoader(
         dataset,
-        batch_sampler=ScaleBatchSampler(dataset.visits, c, seed, first, last, accumulate, *ranks),
+        batch_sampler=ScaleBatchSampler(dataset.visits, c, seed, start, stop, accumulate, *ranks),
         num_workers=c.workers if workers is None else workers,
         collate_fn=_collate,
         pin_memory=pin,

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,8 +89,7 @@ def make_tiles(model: GaussianSR, width: int, threads: int) -> list[Tile]:
     if count * least > width:
         count = int(width / least) // threads * threads or 1
     edges = [width * i // count for i in range(count + 1)]
-    # SwinIR counts its attention windows from the image's corner.
-    step = getattr(model.encoder, "window", 1)
+    step = getattr(model.encoder, "alignment", 1)
     return [
         Tile(
             start,
@@ -181,7 +181,8 @@ class StripRenderer:
         even single rows fit.
         """
         if max_memory is not None:
-            if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):
+            number = isinstance(max_memory, Real) and not isinstance(max_memory, bool)
+            if not number or math.isnan(max_memory):
                 raise InputError(f"max_memory must be a number of bytes, not {max_memory!r}")
             taken = _resident() + result
             left, least = max_memory - taken, taken + self._bytes(1, 1)
@@ -402,6 +403,7 @@ class StripRenderer:
                 "cut it into parts, or use a machine with more memory"
             ) from error
         self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
+        self.keep //= 2
         self._rewind()
 
 

@@ -31,7 +31,7 @@ def target_size(
     size: Sequence[int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Size (H, W) and scale (s_y, s_x) of the enlargement of an image of `shape` (h, w).
+    """Size (H, W) and scale (s_y, s_x) of the result for an image of `shape` (h, w).
 
     Exactly one of scale (a number, or (s_y, s_x), each from 1 to a million) and size ((H, W),
     each at least that of the image) is given. Size from scale is rounded to whole pixels.
@@ -44,18 +44,18 @@ def target_size(
     h, w = shape
     if scale is not None and (least := min(check_scale(scale))) < 1:
         raise InputError(
-            f"scale {least} is below 1; gsr only enlarges, Pillow's Image.resize shrinks"
+            f"scale {least} is below 1; gsr only upscales, Pillow's Image.resize downsamples"
         )
     out, scales = resolve_size(shape, size, scale)
     if min(scales) < 1:
         raise InputError(
             f"the size {out[1]} x {out[0]} (width x height) is below the image's {w} x {h}; "
-            "gsr only enlarges, Pillow's Image.resize shrinks"
+            "gsr only upscales, Pillow's Image.resize downsamples"
         )
     if out[0] * out[1] > max_pixels:
         raise InputError(
             f"the result would have {out[1]} x {out[0]} = {out[0] * out[1]:,} pixels, more than "
-            f"max_pixels (--max-pixels) = {max_pixels:,}; enlarge less, or raise that limit"
+            f"max_pixels (--max-pixels) = {max_pixels:,}; upscale less, or raise that limit"
         )
     return out, scales
 
@@ -70,11 +70,11 @@ def upscale(
     max_memory: int | None = None,
     precision: str = "auto",
 ) -> Any:
-    """Enlarge an image to any size; the same kind of object comes back, values clamped.
+    """Upscale an image to any size; the same kind of object comes back, values clamped.
 
     `image` is one of
       * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette image comes back as RGB
-        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is enlarged bicubically. An
+        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is upsampled bicubically. An
         ICC profile is kept and an EXIF orientation carried out (size then means upright).
       * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8 or in [0, 1]
       * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
@@ -194,6 +194,7 @@ def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int
 
 
 def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
+    image = np.asarray(image)  # a view of np.matrix with a third axis has a broken shape
     shape = list(image.shape)
     if image.ndim not in (2, 3) or (image.ndim == 3 and shape[2] not in (1, 3, 4)):
         hint = "; transpose(1, 2, 0) puts channels last" if shape[:1] == [3] else ""
@@ -303,15 +304,15 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """One plane [h, w], uint8 or float in [0, 1], enlarged to size (H, W) by Pillow, clamped."""
+    """One plane [h, w], uint8 or float in [0, 1], upsampled to size (H, W) by Pillow, clamped."""
     from PIL import Image
 
     if plane.dtype == np.uint8:
         image = Image.fromarray(np.ascontiguousarray(plane))
     else:
         image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    enlarged = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return enlarged if plane.dtype == np.uint8 else enlarged.clip(0, 1)
+    large = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return large if plane.dtype == np.uint8 else large.clip(0, 1)
 
 
 def _check_range(low: float, high: float) -> None:

@@ -122,8 +122,9 @@ def assemble(
         tensor, shape = tensors[name], want[name].shape
         if tensor.shape != shape:
             faults.append(f"{named(name)} is {list(tensor.shape)} instead of {list(shape)}")
-        elif tensor.layout != torch.strided or not tensor.is_floating_point():
-            faults.append(f"{named(name)} is not a dense tensor of floating-point numbers")
+        elif tensor.layout != torch.strided or _kind(tensor) != _kind(want[name]):
+            kind = _kind(want[name])
+            faults.append(f"{named(name)} is not a dense tensor of {kind}")
         elif not tensor.isfinite().all():
             faults.append(f"{named(name)} holds infinite or undefined numbers")
     if faults:
@@ -131,9 +132,17 @@ def assemble(
         raise InputError(
             f"{refusal}: {'; '.join(faults[:3])}{more}: give the unchanged files of one model"
         )
-    weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    # Parts from outside gsr may hold whole numbers, such as BatchNorm's count.
+    weights = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _kind(tensor: Any) -> str:
+    return "floating-point numbers" if tensor.is_floating_point() else f"{tensor.dtype}"
 
 
 def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None = None) -> None:
@@ -143,13 +152,18 @@ def save_model(folder: str | os.PathLike, model: GaussianSR, readme: str | None 
     Markdown; without one an existing card is kept, or a card with the bare facts is written.
     Raises InputError if the folder cannot be made or written to.
     """
+    import torch
     from safetensors.torch import save
 
     from gsr.io.image import write_atomic
 
     folder = make_folder(folder)
-    # contiguous: weights may be channels_last, which a safetensors file cannot say.
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    # Copies: weights may be channels_last or the same under two names, which a safetensors file
+    # cannot say.
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in model.state_dict().items()
+    }
     content = {
         "format": FORMAT, "bf16_loss": model.bf16_loss, "model": to_dict(model.config)
     }  # fmt: skip

@@ -12,17 +12,19 @@ An encoder is a module that turns LR [B, 3, h, w] in [0, 1] into features [B, n_
         def forward(self, lr):
             return self.body(lr)
 
-Large images are encoded by bands of rows with the halo around each; `halo = None` says that
-features depend on the whole image, which is then encoded at once. A deep encoder should have
-`stream` (see `gsr.models.stream` and `gsr.models.encoders.rdn`), which computes no row twice, and
-`floats`: how many numbers it holds for each pixel of a band and for each column of the image.
-A head of one's own is best a `gsr.models.query_head.QueryHead`.
+Large images are encoded by bands of rows and tiles of columns with the halo around each;
+`halo = None` says that features depend on the whole image, which is then encoded at once. A deep
+encoder should have `stream` (see `gsr.models.stream` and `gsr.models.encoders.rdn`), which computes
+no row twice, and `floats`: how many numbers it holds for each pixel of a band and for each column
+of the image. With a stream, windows may be counted from the image's corner: `alignment` is their
+side. A head of one's own is best a `gsr.models.query_head.QueryHead`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from typing import Any
 
@@ -48,7 +50,7 @@ HEADS = {
     "lte": "gsr.models.heads.lte.LTEHead",
 }
 WHOLE = 2**31  # a halo beyond the border of every image
-MARGIN, WIDTH = 8, 16  # of the image on which a halo is tried
+MARGIN, WIDTH, CUT = 7, 16, 9  # of the image on which a halo is tried, and what is cut off
 _tried: set[tuple[type, str]] = set()
 
 
@@ -66,6 +68,11 @@ def make_encoder(config: EncoderConfig | CustomEncoder) -> nn.Module:
         encoder.halo = WHOLE
         if not hasattr(encoder, "floats"):
             encoder.floats = 20 * config.n_feats, 0
+    if type(encoder.halo) is not int or encoder.halo < 0:
+        raise InputError(
+            f"model.encoder: {config.name} has halo {encoder.halo!r}, which must be a whole number "
+            "from 0, or None if features depend on the whole image"
+        )
     tried = type(encoder), json.dumps(keys, default=str)
     if encoder.halo != WHOLE and tried not in _tried:
         check_halo(encoder, config.name, config.n_feats)
@@ -115,34 +122,42 @@ def check_imported(config: ModelConfig) -> None:
 
 @torch.no_grad()
 def check_halo(encoder: Any, name: str, n_feats: int) -> None:
-    """Raise InputError if a pixel further than `halo` rows from a change of the image changes.
+    """Raise InputError if features further than `halo` from where an image is cut change.
 
-    Tried on a narrow image, once with its first rows changed and once with its last ones; in
-    float64, where what is left of a change after some tens of convolutions can still be seen.
+    Bands of rows and tiles of columns are cut so. Tried on a narrow image and on a low one, from an
+    odd row or column on: what depends on even places shows too. In float64, where what is left of
+    a change after some tens of convolutions can still be seen.
     """
-    rows = encoder.halo + 2 * MARGIN
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, rows, WIDTH, generator=generator, device="cpu")
-    above, below = image.clone(), image.clone()
-    above[:, :, :MARGIN] = 1 - above[:, :, :MARGIN]
-    below[:, :, -MARGIN:] = 1 - below[:, :, -MARGIN:]
-    twin, least = copy.deepcopy(encoder).cpu().eval(), 1e-12
-    try:
-        plain, above, below = (twin.double()(x.double()) for x in (image, above, below))
-    except RuntimeError:  # it computes in float32 whatever it is given
-        plain, above, below = (twin.float()(x) for x in (image, above, below))
-        least = 1e-5
-    if plain.shape != (1, n_feats, rows, WIDTH):
-        raise InputError(
-            f"model.encoder: {name} turns an image {list(image.shape)} into features "
-            f"{list(plain.shape)}, which must be {[1, n_feats, rows, WIDTH]}"
+    alignment = getattr(encoder, "alignment", 1) if hasattr(encoder, "stream") else 1
+    cut_off = math.ceil(CUT / alignment) * alignment
+    length, generator = encoder.halo + MARGIN + cut_off, torch.Generator().manual_seed(0)
+    rest = length - cut_off
+    twin = copy.deepcopy(encoder).cpu().eval()
+    for axis, unit in ((-2, "rows"), (-1, "columns")):
+        image = torch.rand(1, 3, length, WIDTH, generator=generator, device="cpu")
+        image = image if axis == -2 else image.mT
+        cuts = image, image.narrow(axis, cut_off, rest), image.narrow(axis, 0, rest)
+        least = 1e-12
+        try:
+            whole, lower, upper = (twin.double()(x.double()) for x in cuts)
+        except RuntimeError:  # it computes in float32 whatever it is given
+            whole, lower, upper = (twin.float()(x) for x in cuts)
+            least = 1e-5
+        if whole.shape != (1, n_feats, *image.shape[2:]):
+            raise InputError(
+                f"model.encoder: {name} turns an image {list(image.shape)} into features "
+                f"{list(whole.shape)}, which must be {[1, n_feats, *image.shape[2:]]}"
+            )
+        pairs = (
+            (lower, whole.narrow(axis, cut_off, rest)),
+            (upper.flip(axis), whole.narrow(axis, 0, rest).flip(axis)),
         )
-    least, far = least * plain.abs().max(), 0
-    for change in (above - plain, (below - plain).flip(-2)):
-        moved = (change.abs().amax(dim=(0, 1, 3)) > least).nonzero().flatten().tolist()
-        far = max([far, *(row - MARGIN + 1 for row in moved)])
-    if far > encoder.halo:
-        raise InputError(
-            f"model.encoder: {name} has halo {encoder.halo}, but its features depend on pixels "
-            f"{far} rows away: set the right halo, or None if they depend on the whole image"
-        )
+        for cut, same in pairs:  # the cut is above the first row, or left of the first column
+            change = (cut - same).abs().transpose(axis, 0).flatten(1).amax(1)
+            far = max((change > least * whole.abs().max()).nonzero().flatten().tolist(), default=-1)
+            if far >= encoder.halo:
+                raise InputError(
+                    f"model.encoder: {name} has halo {encoder.halo}, but its features depend on "
+                    f"pixels {far + 1} {unit} away: set the right halo, or None if they depend on "
+                    "the whole image, or on the place in it"
+                )

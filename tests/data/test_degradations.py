@@ -141,7 +141,7 @@ def test_patches_are_functions_of_seed_step_and_place(tmp_path):
             workers=workers, degrade=DegradeConfig(clean=0.25),
         )  # fmt: skip
         dataset = PatchDataset(split_images(c)[0], c)
-        return list(make_loader(dataset, seed=3, first=first, last=6))
+        return list(make_loader(dataset, seed=3, start=first, stop=6))
 
     whole = batches(0)
     for a, b in zip(whole, batches(2), strict=True):

@@ -51,7 +51,7 @@ def test_a_batch(folder):
     c = config(folder)
     paths, val = split_images(c)
     assert (len(paths), len(val)) == (3, 1)
-    for batch in make_loader(PatchDataset(paths, c), seed=1, first=0, last=4):
+    for batch in make_loader(PatchDataset(paths, c), seed=1, start=0, stop=4):
         side = round(12 * batch.scale)
         assert batch.size == (side, side)
         assert 1 <= batch.scale <= 4
@@ -66,7 +66,7 @@ def test_targets_lie_where_their_coordinates_say(folder):
     """The LR patch read at the coordinates is close to the targets, and no other order is."""
     c = config(folder, scale_min=2.0)
     paths, _ = split_images(c)
-    for batch in make_loader(PatchDataset(paths, c), seed=2, first=0, last=8):
+    for batch in make_loader(PatchDataset(paths, c), seed=2, start=0, stop=8):
 
         def distance(coord, b=batch):
             grid = coord.flip(-1)[:, None]
@@ -81,7 +81,7 @@ def test_targets_lie_where_their_coordinates_say(folder):
 def test_queries_are_distinct(folder):
     c = config(folder, queries=144)
     paths, _ = split_images(c)
-    batch = next(iter(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1)))
+    batch = next(iter(make_loader(PatchDataset(paths, c), seed=0, start=0, stop=1)))
     for coord in batch.coord:
         assert len(torch.unique(coord, dim=0)) == 144
 
@@ -89,12 +89,12 @@ def test_queries_are_distinct(folder):
 def test_any_step_again(folder):
     c = config(folder)
     paths, _ = split_images(c)
-    whole = list(make_loader(PatchDataset(paths, c), seed=3, first=0, last=7))
-    rest = list(make_loader(PatchDataset(paths, c), seed=3, first=4, last=7))
+    whole = list(make_loader(PatchDataset(paths, c), seed=3, start=0, stop=7))
+    rest = list(make_loader(PatchDataset(paths, c), seed=3, start=4, stop=7))
     for a, b in zip(whole[4:], rest, strict=True):
         assert a.size == b.size
         assert torch.equal(a.lr, b.lr) and torch.equal(a.target, b.target)
-    other = next(iter(make_loader(PatchDataset(paths, c), seed=4, first=0, last=1)))
+    other = next(iter(make_loader(PatchDataset(paths, c), seed=4, start=0, stop=1)))
     assert not torch.equal(whole[0].lr, other.lr)
 
 
@@ -109,8 +109,8 @@ def test_any_step_again(folder):
 def test_workers_and_cache_change_nothing(folder, other):
     c = config(folder)
     paths, _ = split_images(c)
-    plain = list(make_loader(PatchDataset(paths, c), seed=5, first=0, last=4))
-    loader = make_loader(PatchDataset(paths, config(folder, **other)), seed=5, first=0, last=4)
+    plain = list(make_loader(PatchDataset(paths, c), seed=5, start=0, stop=4))
+    loader = make_loader(PatchDataset(paths, config(folder, **other)), seed=5, start=0, stop=4)
     for a, b in zip(plain, loader, strict=True):
         assert torch.equal(a.lr, b.lr) and torch.equal(a.target, b.target)
         assert torch.equal(a.coord, b.coord) and a.seeds == b.seeds
@@ -128,7 +128,7 @@ def test_a_mapped_image_is_decoded_once(folder, monkeypatch):
     paths, _ = split_images(c)
     assert len(PatchDataset(paths, c)) == 3
     no_decoding(monkeypatch)
-    assert len(list(make_loader(PatchDataset(paths, c), seed=0, first=0, last=1))) == 1
+    assert len(list(make_loader(PatchDataset(paths, c), seed=0, start=0, stop=1))) == 1
     files = list((folder / ".gsr-cache").iterdir())
     assert len(files) == 3 and all(file.suffix == ".npy" for file in files)
     assert split_images(c)[0] == paths  # the cache is no image
@@ -161,7 +161,7 @@ def test_damaged_and_missing_files_of_the_cache_are_made_again(folder):
     dataset = PatchDataset(paths, c)
     third.unlink()  # while it is in use
     for i, path in enumerate(paths):
-        assert np.array_equal(dataset._picture(i), np.asarray(Image.open(path)))
+        assert np.array_equal(dataset._image(i), np.asarray(Image.open(path)))
     assert first.read_bytes() == whole and third.exists()
 
 
@@ -194,7 +194,7 @@ def test_files_of_the_cache_of_another_kind_are_made_again(folder, name, content
         file.write_bytes(content)
     else:
         np.save(file, content)
-    picture = PatchDataset(paths, c)._picture(0)
+    picture = PatchDataset(paths, c)._image(0)
     assert np.array_equal(picture, np.asarray(Image.open(list(paths)[0])))
     assert file.read_bytes() == whole
 
@@ -258,8 +258,8 @@ def test_a_batch_in_parts_is_the_batch(folder, ranks, accumulate):
 def test_every_patch_has_noise_of_its_own(folder):
     c = config(folder, batch=6)
     dataset = PatchDataset(split_images(c)[0], c)
-    whole = next(iter(make_loader(dataset, seed=0, first=2, last=3)))
-    parts = list(make_loader(dataset, seed=0, first=2, last=3, accumulate=2))
+    whole = next(iter(make_loader(dataset, seed=0, start=2, stop=3)))
+    parts = list(make_loader(dataset, seed=0, start=2, stop=3, accumulate=2))
     assert [*parts[0].seeds, *parts[1].seeds] == [*whole.seeds] and len({*whole.seeds}) == 6
     assert torch.equal(torch.cat([part.lr for part in parts]), whole.lr)
 

@@ -1,5 +1,6 @@
 """Upscaling: tiles and strips change nothing, every kind of image comes back as itself."""
 
+import math
 import random
 import subprocess
 import sys
@@ -192,6 +193,20 @@ def test_alpha_of_arrays_is_bicubic(tiny_model, picture, kind):
     np.testing.assert_array_equal(result[..., 3], expected)
 
 
+class Subclass(np.ndarray):
+    """Like np.matrix, whose views with a third axis have broken shapes."""
+
+    def __getitem__(self, key):
+        raise AssertionError("asked for what only plain arrays answer well")
+
+
+def test_subclasses_are_taken_as_plain_arrays(tiny_model, picture):
+    expected = gsr.upscale(picture[..., 0], 2, model=tiny_model)
+    result = gsr.upscale(picture[..., 0].view(Subclass), 2, model=tiny_model)
+    assert type(result) is np.ndarray
+    np.testing.assert_array_equal(result, expected)
+
+
 def test_read_only_and_reversed_arrays(tiny_model, picture):
     expected = gsr.upscale(picture[::-1, ::-1].copy(), 2, model=tiny_model)
     view = picture[::-1, ::-1]
@@ -370,9 +385,40 @@ def test_auto_takes_bf16_where_it_is_fast_and_costs_little(loss, has, dtype, mon
     assert not np.array_equal(asked["bf16"], asked["fp32"])
 
 
-def test_a_memory_that_is_no_number_is_refused(tiny_model):
-    with pytest.raises(InputError, match="max_memory must be a number of bytes, not '2GB'"):
-        gsr.upscale(torch.rand(3, 4, 4), 2, model=tiny_model, max_memory="2GB")
+@pytest.mark.parametrize("memory", ["2GB", True, float("nan")])
+def test_a_memory_that_is_no_number_is_refused(memory, tiny_model):
+    with pytest.raises(InputError, match=f"max_memory must be a number of bytes, not {memory!r}"):
+        gsr.upscale(torch.rand(3, 4, 4), 2, model=tiny_model, max_memory=memory)
+
+
+@pytest.mark.parametrize("memory", [np.int64(10**10), 1e10, math.inf])
+def test_a_memory_is_any_number(memory, tiny_model):
+    assert gsr.upscale(torch.rand(3, 4, 4), 2, model=tiny_model, max_memory=memory).shape[-1] == 8
+
+
+def test_official_encodes_twice_where_all_that_is_encoded_does_not_fit(monkeypatch):
+    model, lr = drawn_model("official", 2), torch.rand(1, 3, 70, 30)
+    with torch.no_grad():
+        expected = model(lr, scale=2)
+    monkeypatch.setattr(infer, "BAND_PIXELS", 30 * 32)
+    monkeypatch.setattr(infer, "KEEP", 2**18)
+    plain, passes = model.head.shared, []
+
+    def shared(gaussians):
+        passes.append(renderer._two_passes())
+        if not passes[-1]:
+            raise MemoryError
+        return plain(gaussians)
+
+    model.head.shared = shared
+    size = (140, 60)
+    with infer.inference(model):
+        renderer = infer.StripRenderer(
+            model, lambda a, b: lr[..., a:b, :], lr.shape, size, None, "fp32"
+        )
+        out = torch.cat([strip for *_, strip in renderer.strips()], dim=-2)
+    assert passes[0] is False and passes[-1] is True
+    assert (out - expected).abs().max() < 1e-5
 
 
 def test_other_precisions_are_refused(tiny_model):

@@ -169,6 +169,7 @@ class SwinIR(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.out_channels = config.n_feats
+        self.alignment = self.window  # windows are counted from the image's corner
         self.halo = max(self._starts(row) - row for row in range(self.window))
         # As a stream: for each pixel of a band, measured; for each column, at most a window a block
         # and what the skip connections wait for.
