@@ -615,6 +615,7 @@ def test_max_memory_makes_bands_smaller_and_changes_nothing(tiny_model, monkeypa
     monkeypatch.setattr(infer, "STRIP_PIXELS", 2**16)
     monkeypatch.setattr(infer, "STRIP_BYTES", 1000)
     monkeypatch.setattr(infer, "_resident", lambda: 5_000_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # each takes memory of its own
     seen, plain = [], tiny_model.render
 
     def render(*args, **kwargs):
