@@ -36,9 +36,8 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     is a bug and keeps its traceback. Returns if main returns.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # names of files may hold what the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold what the terminal has not.
             stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
@@ -140,8 +139,8 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto (default) takes bf16 for large images if the processor has it and the image "
-        "loses nothing that can be seen by it (0.01 dB)",
+        help="auto (default) takes bf16 if the processor is fast in it and the model is known to "
+        "lose at most 0.01 dB by it",
     )
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     up.set_defaults(run=_upscale)
