@@ -577,6 +577,7 @@ def test_clip_and_precision(tmp_path):
 def test_best_is_kept_also_across_a_resume(tmp_path, monkeypatch):
     scores = iter([1.0, 3.0, 2.0, 2.5])
     monkeypatch.setattr("gsr.runs.validate", lambda *_: {"psnr": next(scores)})
+    monkeypatch.setattr("gsr.runs.bf16_loss", lambda *_: None)
     steps = ["train.val_every=1", "train.save_every=1", "train.schedule=step", "train.lr=1e-2"]
     go(config(tmp_path, "train.steps=2", *steps))
     best = {k: v.clone() for k, v in load_model(tmp_path / "smoke" / "best").state_dict().items()}
@@ -643,3 +644,15 @@ def test_what_bf16_costs_is_a_number_or_unknown(exact, lossy, loss, tiny_model, 
     monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(runs, "validate", lambda *_: dict(zip(keys, lossy, strict=True)))
     assert bf16_loss(tiny_model, [], dict(zip(keys, exact, strict=True))) == loss
+
+
+def test_what_bf16_costs_is_known_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
+    steps = ["train.steps=8", "train.save_every=2", "train.val_every=4"]
+    for step, resume in ((5, False), (7, True)):  # steps 4 and 6 are saved, 4 is validated
+        with pytest.MonkeyPatch.context() as patch:
+            interrupted_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                go(config(tmp_path, *steps), resume)
+        written = json.loads((tmp_path / "smoke" / "model" / "config.json").read_text())
+        assert written["bf16_loss"] is not None
