@@ -36,9 +36,8 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     is a bug and keeps its traceback. Returns if main returns.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # names of files may hold what the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may hold what the terminal has not.
             stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)

@@ -112,7 +112,7 @@ def keep_pieces() -> None:
     """Have glibc keep pieces of freed memory below 32 MB for the next time, 64 MB of them at most.
 
     It does that anyway once a piece of that size has come and gone (mallopt(3), M_MMAP_THRESHOLD).
-    Until then most layers of a network get new pages from the system, as dear as their arithmetic.
+    Until then most layers get new pages, whose page faults cost as much as the compute.
     """
     torch.empty(2**25 - 2**14, dtype=torch.uint8)  # never touched
 

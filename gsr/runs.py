@@ -82,6 +82,7 @@ class Run:
             ),
         }
         self.start, self.best, self.board, self.stack = 0, -math.inf, None, ExitStack()
+        self.bf16_loss: float | None = None  # of the last validation
         if resume:
             self._check_same_run()
         else:
@@ -152,6 +153,7 @@ class Run:
                 float(state["best"]),
                 state["images"],
             )
+            self.bf16_loss = state.get("bf16_loss")
         except Exception as error:
             raise InputError(
                 f"{self.state} is damaged ({type(error).__name__}): start again under another "
@@ -177,7 +179,9 @@ class Run:
     def save(self, step: int, shown: GaussianSR, **parts: Any) -> None:
         """Write the state of the parts (model, optimizer, ema or None), and `shown` as model/."""
         states = {name: part and part.state_dict() for name, part in parts.items()}
-        state = {**states, "step": step, "best": self.best, "images": self.images}
+        run = {"best": self.best, "bf16_loss": self.bf16_loss, "images": self.images}
+        state = {**states, **run, "step": step}
+        shown.bf16_loss = self.bf16_loss
         save_model(self.folder / "model", shown)
         packed = io.BytesIO()
         torch.save(state, packed)
@@ -215,7 +219,7 @@ class Run:
         """Log the metrics of `validate` and a crop; write `best` if they are the best so far."""
         metrics = validate(model, pairs)
         self.log("val", step, **metrics)
-        model.bf16_loss = bf16_loss(model, pairs, metrics)
+        model.bf16_loss = self.bf16_loss = bf16_loss(model, pairs, metrics)
         shown = next((pair for pair in pairs if pair[0] == SHOWN_SCALE), pairs[0])
         show(self.board, model, shown, step)
         if metrics["psnr"] > self.best:

@@ -666,3 +666,15 @@ def test_what_bf16_costs_is_a_number_or_unknown(exact, lossy, loss, tiny_model, 
     monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(runs, "validate", lambda *_: dict(zip(keys, lossy, strict=True)))
     assert bf16_loss(tiny_model, [], dict(zip(keys, exact, strict=True))) == loss
+
+
+def test_what_bf16_costs_is_known_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "has_fast_bf16", lambda device: True)
+    steps = ["train.steps=8", "train.save_every=2", "train.val_every=4"]
+    for step, resume in ((5, False), (7, True)):  # steps 4 and 6 are saved, 4 is validated
+        with pytest.MonkeyPatch.context() as patch:
+            interrupted_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                go(config(tmp_path, *steps), resume)
+        written = json.loads((tmp_path / "smoke" / "model" / "config.json").read_text())
+        assert written["bf16_loss"] is not None

@@ -3,7 +3,7 @@
 The encoder runs as a stream of rows (`gsr.models.stream`), one stream for each tile of columns, so
 that hardly anything is computed twice; a strip of HR rows is rendered from the encoded LR rows
 around it; and both are forgotten as soon as nothing depends on them. The result is that of the
-model on the whole image (to 1e-5 in float32).
+model on the whole image, to 1e-5 in float32 (see `gsr.ops.resize.bicubic` for very tall images).
 """
 
 from __future__ import annotations
