@@ -180,16 +180,15 @@ def test_grey_arrays(tiny_model, picture):
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
-def test_alpha_of_arrays_is_bicubic(tiny_model, picture, kind):
+def test_alpha_of_arrays_goes_through_the_model(tiny_model, picture, kind):
     rgba = np.dstack([picture, picture[..., 0]])
     rgba = rgba if kind == np.uint8 else (rgba / 255).astype(kind)
     result = gsr.upscale(rgba, 2, model=tiny_model)
     assert result.shape == (24, 34, 4) and result.dtype == kind
-    np.testing.assert_array_equal(
-        result[..., :3], gsr.upscale(rgba[..., :3].copy(), 2, model=tiny_model)
-    )
-    expected = np.asarray(Image.fromarray(rgba[..., 3].copy()).resize((34, 24), BICUBIC))
-    np.testing.assert_array_equal(result[..., 3], expected)
+    tolerance = 1 if kind == np.uint8 else 1e-5
+    for part in (slice(3), 3):  # all of it is visible
+        want = gsr.upscale(rgba[..., part].copy(), 2, model=tiny_model)
+        np.testing.assert_allclose(result[..., part].astype(float), want, atol=tolerance)
 
 
 def test_read_only_and_reversed_arrays(tiny_model, picture):
@@ -253,7 +252,6 @@ def test_pillow_modes(picture, mode, back):
     error = np.abs(np.asarray(result).reshape(24, 51, -1) - np.stack(bands, -1).astype(int))
     # Of pure black and white, Pillow clamps the overshoot between its two passes.
     assert error.max() <= (30 if mode == "1" else 1)
-    assert "A" not in mode or error[..., -1].max() == 0
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "I;16", "CMYK"])
@@ -297,7 +295,8 @@ def test_palette_with_transparency(picture):
     result = gsr.upscale(image, 2, model=Bicubic())
     alpha = image.convert("RGBA").getchannel("A").resize((34, 24), BICUBIC)
     assert result.mode == "RGBA" and alpha.getextrema() == (0, 255)
-    assert result.getchannel("A").tobytes() == alpha.tobytes()
+    error = np.asarray(result.getchannel("A")).astype(int) - np.asarray(alpha)
+    assert np.abs(error).max() <= 30  # Pillow clamps the overshoot between its two passes
 
 
 def test_pillow_keeps_profile_and_carries_out_orientation(tiny_model, picture, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from gsr.errors import InputError
+from gsr.inference.alpha import fill_hidden
 from gsr.inference.strips import StripRenderer, inference, model_device, progress_bar
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def upscale(
 
     `image` is one of
       * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette image comes back as RGB
-        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is enlarged bicubically. An
-        ICC profile is kept and an EXIF orientation carried out (size then means upright).
+        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha goes through the model as well, and colours
+        hidden under an alpha of 0 count for nothing. An ICC profile is kept and an EXIF
+        orientation carried out (size then means upright).
       * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8 or in [0, 1]
       * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
     Give exactly one of `scale`, a number or (s_y, s_x), each at least 1, and `size`, whole numbers
@@ -140,14 +142,23 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
     for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one image
-        fill(lr, out, scales, hr)
+        fill(lr, None, out, scales, hr)
     return result if image.ndim == 4 else result[0]
 
 
 def _fill(
-    model, max_memory, precision, bar, lr: torch.Tensor, out, scales, hr: torch.Tensor, later=0
+    model,
+    max_memory,
+    precision,
+    bar,
+    lr: torch.Tensor,
+    alpha,
+    out,
+    scales,
+    hr: torch.Tensor,
+    later=0,
 ):
-    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type.
+    """Render lr and alpha, as `_render` takes them, into hr of as many planes.
 
     `later` is the bytes that the caller will take besides hr.
     """
@@ -155,28 +166,36 @@ def _fill(
     def put(start: int, stop: int, strip: torch.Tensor) -> None:
         hr[:, start:stop] = strip
 
-    _render(model, max_memory, precision, bar, lr, out, scales, put, hr.nbytes + later)
+    _render(model, max_memory, precision, bar, lr, alpha, out, scales, put, hr.nbytes + later)
 
 
-def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int) -> None:
+def _render(model, max_memory, precision, bar, lr, alpha, out, scales, put, result: int) -> None:
     """put(start, stop, HR rows) for the upscaled lr [3, h, w] or [1, h, w], from the top.
 
-    They have as many planes, and are uint8 if lr is; `result` is the bytes that the caller takes.
+    With alpha [h, w] they have one plane more than lr, otherwise as many. They are uint8 if lr is;
+    `result` is the bytes that the caller takes.
     """
     device = model_device(model)
+    # An opaque image stays opaque to the last bit, and costs no second pass.
+    constant = None if alpha is None or alpha.min() != alpha.max() else alpha[0, 0]
+    planes = [lr] if alpha is None or constant is not None else [lr, alpha[None]]
 
     def source(start: int, stop: int) -> torch.Tensor:
-        rows = lr[:, start:stop].to(device).float().expand(3, -1, -1)[None]
-        return rows / 255 if lr.dtype == torch.uint8 else rows
+        rows = [p[:, start:stop].to(device).float().expand(3, -1, -1) for p in planes]
+        batch = torch.stack(rows)
+        return batch / 255 if lr.dtype == torch.uint8 else batch
 
     def finish(strip: torch.Tensor) -> torch.Tensor:
-        strip = strip[0].clamp_(0, 1)
-        if lr.shape[0] == 1:
-            weights = strip.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
-            strip = (strip * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
-        return strip.mul_(255).round_().to(torch.uint8) if lr.dtype == torch.uint8 else strip
+        strip = strip.clamp_(0, 1)
+        parts = [strip[0] if lr.shape[0] == 3 else _grey(strip[0])]
+        parts += [_grey(one) for one in strip[1:]]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        joined = joined.mul_(255).round_().to(torch.uint8) if lr.dtype == torch.uint8 else joined
+        if constant is not None:
+            joined = torch.cat([joined, constant.to(joined).expand_as(joined[:1])])
+        return joined
 
-    shape = (1, 3, *lr.shape[-2:])
+    shape = (len(planes), 3, *lr.shape[-2:])
     with inference(model):
         renderer = StripRenderer(
             model, source, shape, out, scales, precision, finish=finish, bar=bar
@@ -191,6 +210,12 @@ def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int
                 writing = writer.submit(put, *rows)
             if writing is not None:
                 writing.result()
+
+
+def _grey(rgb: torch.Tensor) -> torch.Tensor:
+    """The luma [1, h, w] of rgb [3, h, w] in [0, 1]."""
+    weights = rgb.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+    return (rgb * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
 
 
 def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
@@ -214,10 +239,8 @@ def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
     if min(planes.strides) < 0 or not planes.flags.writeable:  # neither can be a tensor
         planes = planes.copy()
     result = np.empty((*out, channels), planes.dtype)
-    lr, hr = (_as_tensor(a) for a in (planes, result))
-    fill(lr, out, scales, hr)
-    if channels == 4:
-        result[..., 3] = _bicubic(planes[..., 3], out)
+    colour, alpha = (planes, None) if channels < 4 else (planes[..., :3], planes[..., 3])
+    fill(*_as_tensors(colour, alpha), out, scales, torch.from_numpy(result).permute(2, 0, 1))
     return (result if image.ndim == 3 else result[..., 0]).astype(image.dtype, copy=False)
 
 
@@ -227,13 +250,12 @@ def _upscale_pil(image, scale, size, max_pixels, fill):
     image = _upright(image)
     out, scales = target_size((image.height, image.width), scale, size, max_pixels)
     array, alpha, profile = _planes(image)
-    result = np.empty((*out, array.shape[2]), np.uint8)
-    lr, hr = (_as_tensor(a) for a in (array, result))
+    channels = array.shape[2] + (alpha is not None)
+    result = np.empty((*out, channels), np.uint8)
+    hr = torch.from_numpy(result).permute(2, 0, 1)
     # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
-    fill(lr, out, scales, hr, 7 * math.prod(out))
-    result = Image.fromarray(result[..., 0] if array.shape[2] == 1 else result)
-    if alpha is not None:
-        result.putalpha(Image.fromarray(_bicubic(alpha, out)))
+    fill(*_as_tensors(array, alpha), out, scales, hr, 7 * math.prod(out))
+    result = Image.fromarray(result[..., 0] if channels == 1 else result)
     if profile is not None:
         result.info["icc_profile"] = profile
     return result
@@ -262,17 +284,14 @@ def upscale_to_png(
     image = _upright(image)
     out, scales = target_size((image.height, image.width), scale, size, max_pixels)
     array, alpha, profile = _planes(image)
-    alpha = None if alpha is None else _bicubic(alpha, out)
     channels = array.shape[2] + (alpha is not None)
     with progress_bar(progress) as bar, png_writer(path, out, channels, profile) as write:
 
         def put(start: int, stop: int, strip: torch.Tensor) -> None:
-            rows = strip.permute(1, 2, 0).cpu().numpy()
-            if alpha is not None:
-                rows = np.concatenate([rows, alpha[start:stop, :, None]], axis=2)
-            write(rows)
+            write(strip.permute(1, 2, 0).cpu().numpy())
 
-        _render(model, max_memory, precision, bar, _as_tensor(array), out, scales, put, 0)
+        lr = _as_tensors(array, alpha)
+        _render(model, max_memory, precision, bar, *lr, out, scales, put, 0)
     return out
 
 
@@ -290,28 +309,20 @@ def _planes(image) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
 
     grey = image.mode in ("L", "LA", "La", "1", "I", "F") or image.mode.startswith("I;16")
     array = np.array(to_rgb(image))
-    alpha = np.asarray(image.convert("RGBA"))[..., 3] if has_alpha(image) else None
+    alpha = np.array(image.convert("RGBA"))[..., 3] if has_alpha(image) else None
     # The profile of a CMYK or Lab file does not describe RGB.
     keeps = grey or image.mode in ("RGB", "RGBA", "RGBX", "P", "PA")
     profile = image.info.get("icc_profile") if keeps else None
     return np.ascontiguousarray(array[..., :1]) if grey else array, alpha, profile
 
 
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    """[h, w, C] as [C, h, w], at most 3 planes, in the same memory."""
-    return torch.from_numpy(array).permute(2, 0, 1)[:3]
-
-
-def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """One plane [h, w], uint8 or float in [0, 1], enlarged to size (H, W) by Pillow, clamped."""
-    from PIL import Image
-
-    if plane.dtype == np.uint8:
-        image = Image.fromarray(np.ascontiguousarray(plane))
-    else:
-        image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    enlarged = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return enlarged if plane.dtype == np.uint8 else enlarged.clip(0, 1)
+def _as_tensors(colour: np.ndarray, alpha: np.ndarray | None) -> tuple[torch.Tensor, Any]:
+    """Colour [h, w, C] as [C, h, w], filled where alpha [h, w] hides it; and alpha."""
+    if alpha is None:
+        return torch.from_numpy(colour).permute(2, 0, 1), None
+    alpha = np.ascontiguousarray(alpha)
+    colour = fill_hidden(colour, alpha)
+    return torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(alpha)
 
 
 def _check_range(low: float, high: float) -> None:
