@@ -195,7 +195,7 @@ def _upscale(args: argparse.Namespace) -> None:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
 
     from gsr.device import select_device, set_threads
-    from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
+    from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_file
     from gsr.io.image import (
         check_format,
         check_writable,
@@ -256,7 +256,7 @@ def _upscale(args: argparse.Namespace) -> None:
         streamed = output.suffix.lower() == ".png" and comparison is None
         try:
             if streamed:
-                upscale_to_png(output, image, *options)
+                upscale_to_file(output, image, *options)
             else:
                 large = upscale(image, *options)
         except InputError as error:

@@ -6,7 +6,7 @@ from PIL import Image
 
 import gsr
 from gsr.inference.alpha import fill_hidden
-from gsr.inference.upscale import upscale_to_png
+from gsr.inference.upscale import upscale_to_file
 
 
 def disc(colour=(255, 255, 255), hidden=(0, 0, 0), size=48):
@@ -28,7 +28,7 @@ def test_a_white_disc_on_white_is_white(hidden):
 
 
 def test_a_file_by_strips_has_no_outline_either(tmp_path):
-    upscale_to_png(tmp_path / "a.png", Image.fromarray(disc()), 2)
+    upscale_to_file(tmp_path / "a.png", Image.fromarray(disc()), 2)
     with Image.open(tmp_path / "a.png") as large:
         assert np.array_equal(large, gsr.upscale(disc(), 2))
 
