@@ -302,17 +302,28 @@ def upscale_to_file(
     scale: float | Sequence[float] | None = None,
     size: Sequence[int] | None = None,
     model: GaussianSR | None = None,
-    progress: bool = False,
+    progress: bool | str = False,
     max_pixels: int | None = MAX_PIXELS,
     max_memory: int | None = None,
     precision: str = "auto",
+    *,
+    crop: tuple[int, int] | None = None,
+    bits: str = "same",
+    options: dict[str, Any] | None = None,
 ) -> tuple[int, int]:
     """Write what `upscale` makes of a Pillow image or `Source` to a file; returns its size (H, W).
 
-    A PNG or TIFF file is written strip by strip: the result is never in memory as a whole. It has
-    the depth of the source, or the nearest that its format has. The file appears when it is
-    complete. Arguments and errors are those of `upscale`, besides an InputError for a file that
-    cannot be written.
+    A PNG or TIFF file is written strip by strip: the result is never in memory as a whole. The file
+    appears when it is complete. Arguments are those of `upscale`, and besides
+
+    Args:
+        progress: a text stands at the bar.
+        crop: size (H, W) that is cut from the middle of the result.
+        bits: "8", "16" or "same", the depth of the source or the nearest that the format has.
+        options: Pillow's for formats other than PNG and TIFF: quality, subsampling.
+
+    Raises:
+        InputError: as `upscale`; the file cannot be written, or its format has no 16 bits.
     """
     from gsr.io.image import file_format
     from gsr.io.source import Source, from_image
@@ -321,20 +332,32 @@ def upscale_to_file(
     model = _usable_model(model)
     source = image if isinstance(image, Source) else from_image(image)
     out, scales = target_size(source.shape, scale, size, max_pixels)
+    height, width = crop or out
+    top, left = (out[0] - height) // 2, (out[1] - width) // 2
     kind = file_format(path)
-    dtype = depth_in(kind, source.colour.dtype)
+    asked = {"8": np.dtype(np.uint8), "16": np.dtype(np.uint16)}.get(bits, source.colour.dtype)
+    dtype = depth_in(kind, asked)
+    if bits == "16" and dtype != asked:
+        raise InputError(f"{path}: {kind} has no 16 bits a channel; choose .png or .tiff")
     planes = _planes(source, dtype, keep=kind == "TIFF")
     white = planes.top if dtype == np.uint16 and planes.top != 65535 else None
-    writer = image_writer(path, out, source.channels, dtype, source.meta, white)
-    with progress_bar(progress) as bar, writer as write:
+    writer = image_writer(
+        path, (height, width), source.channels, dtype, source.meta, white, options
+    )
+    with progress_bar(bool(progress)) as bar, writer as write:
+        if isinstance(progress, str) and bar is not None:
+            bar.set_description_str(progress)
 
         def put(start: int, stop: int, strip: torch.Tensor) -> None:
-            write(strip.permute(1, 2, 0).cpu().numpy())
+            first, last = max(start, top), min(stop, top + height)
+            if first < last:
+                rows = strip[:, first - start : last - start, left : left + width]
+                write(rows.permute(1, 2, 0).cpu().numpy())
 
         # Of other formats the result is in memory, 4 bytes a pixel as Pillow has it, and the file.
-        result = 0 if kind in ("PNG", "TIFF") else 8 * math.prod(out)
+        result = 0 if kind in ("PNG", "TIFF") else 8 * height * width
         _render(model, max_memory, precision, bar, planes, out, scales, put, result)
-    return out
+    return height, width
 
 
 def _planes(source, dtype: np.dtype, keep: bool = True) -> Planes:
@@ -353,11 +376,11 @@ def _planes(source, dtype: np.dtype, keep: bool = True) -> Planes:
 
 def _as_tensors(colour: np.ndarray, alpha: np.ndarray | None) -> tuple[torch.Tensor, Any]:
     """Colour [h, w, C] as [C, h, w], filled where alpha [h, w] hides it; and alpha."""
-    if alpha is not None:
-        alpha = np.ascontiguousarray(alpha)
-        colour = fill_hidden(colour, alpha)
-        alpha = torch.from_numpy(alpha)
-    return torch.from_numpy(colour).permute(2, 0, 1), alpha
+    if alpha is None:
+        return torch.from_numpy(colour).permute(2, 0, 1), None
+    alpha = np.ascontiguousarray(alpha)
+    colour = fill_hidden(colour, alpha)
+    return torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(alpha)
 
 
 def _check_range(low: float, high: float) -> None:

@@ -11,8 +11,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".webp": ("WEBP", {"quality": 95}),
     ".tif": ("TIFF", {"compression": "tiff_lzw"}),
     ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
+    ".avif": ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
     ".bmp": ("BMP", {}),
 }
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; the other formats have no limit in practice
@@ -231,10 +232,10 @@ def read_image(path: StrPath) -> Pixels:
         raise InputError(f"{path}: {error}") from None
 
 
-def list_images(folder: StrPath) -> list[Path]:
+def list_images(folder: StrPath, suffixes: Sequence[str] = READ_SUFFIXES) -> list[Path]:
     """Find all images below a folder, sorted by path, hidden files left out.
 
-    Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
+    Told by suffix, in any case. Raises InputError if the folder does not exist,
     is a file, or holds no image.
     """
     folder = check_path(folder)
@@ -245,13 +246,13 @@ def list_images(folder: StrPath) -> list[Path]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in READ_SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
     if not paths:
         raise InputError(
-            f"{folder} holds no image; looked for {', '.join(READ_SUFFIXES)} in it and below"
+            f"{folder} holds no image; looked for {', '.join(suffixes)} in it and below"
         )
     return paths
 
@@ -320,6 +321,8 @@ def encode(file: BinaryIO, path: StrPath, image: Image.Image, options: dict[str,
         image = on_white(image)
     if kind == "BMP":
         options.pop("icc_profile", None)
+    if kind not in ("JPEG", "AVIF"):
+        options.pop("subsampling", None)
     if kind == "JPEG":  # one segment each: more cannot be said
         options = {
             key: value
@@ -355,7 +358,7 @@ def atomic_file(path: StrPath) -> Generator[BinaryIO]:
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
+        handle, temporary = _make_temporary(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -372,11 +375,38 @@ def atomic_file(path: StrPath) -> Generator[BinaryIO]:
             os.unlink(temporary)
 
 
+def _make_temporary(path: Path) -> tuple[int, str]:
+    """Make a file beside `path` and lock it, so that `remove_left_over` knows it is in use."""
+    while True:
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
+        _lock(handle, wait=True)
+        if os.path.exists(temporary):
+            return handle, temporary
+        os.close(handle)  # removed by another process before it was locked
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock a file until it is closed; returns whether another process has not."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows, where a file in use cannot be removed; a file system without locks
+    return True
+
+
 def remove_left_over(folder: StrPath) -> None:
-    """Remove the temporary files that `write_atomic` left in a folder when it was killed."""
+    """Remove the temporary files that `write_atomic` left in a folder when it was killed.
+
+    Those that a running process writes stay.
+    """
     for path in Path(folder).glob(f".*{TEMPORARY}"):
-        if path.is_file():
-            path.unlink()
+        with suppress(OSError), open(path, "rb") as file:
+            if _lock(file.fileno(), wait=False):
+                path.unlink()
 
 
 def file_format(path: StrPath) -> str:

@@ -42,7 +42,7 @@ class PngWriter:
     ):
         self.file, self.height, self.done = file, size[0], 0
         self.pixel = channels * dtype.itemsize  # bytes
-        self.big = dtype.newbyteorder(">")
+        self.big = np.dtype(f">u{dtype.itemsize}")
         self.above = np.zeros(size[1] * self.pixel, np.uint8)
         self.packer = zlib.compressobj()
         file.write(b"\x89PNG\r\n\x1a\n")
@@ -65,9 +65,9 @@ class PngWriter:
 
     def write(self, rows: NDArray[Any]) -> None:
         """Take the next rows [n, W, channels]."""
-        lines = np.ascontiguousarray(rows, self.big).view(np.uint8).reshape(len(rows), -1)
-        data = self.packer.compress(_filtered(lines, self.above, self.pixel).data)
-        self._chunk(b"IDAT", data)
+        data = np.ascontiguousarray(rows, self.big).tobytes()
+        lines = np.frombuffer(data, np.uint8).reshape(len(rows), -1)
+        self._chunk(b"IDAT", self.packer.compress(_filtered(lines, self.above, self.pixel).data))
         self.above, self.done = lines[-1].copy(), self.done + len(lines)
 
     def end(self) -> None:

@@ -4,6 +4,9 @@ Pillow holds 16 bits for grey images only. Of colours in 16 bits it decodes the 
 as if in the other byte order, the low ones: two passes make the whole values.
 """
 
+# pyright: basic
+# Pillow types neither tiles nor tags.
+
 from __future__ import annotations
 
 import re
@@ -136,6 +139,17 @@ def from_image(image: Image.Image) -> Source:
     return Source(np.ascontiguousarray(array[..., :1]) if grey else array, alpha, meta=meta)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the size (h, w) that an image that is not decoded yet has when it is upright."""
+    turned = False
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size is that already
+        try:
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        except Exception:  # damaged; Pillow raises almost anything for it
+            pass
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def float_white(levels: NDArray[Any]) -> float:
     """Return the level of white in a floating-point image: 1, or 255.
 
@@ -166,7 +180,7 @@ def _low_bytes(image: Image.Image, file: BinaryIO, frame: int) -> NDArray[np.uin
     """
     if not isinstance(image, PngImagePlugin.PngImageFile | TiffImagePlugin.TiffImageFile):
         return None
-    raws = {tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile}
+    raws = {_raw(tile) for tile in image.tile}
     raw = raws.pop() if len(raws) == 1 else ""
     tags = getattr(image, "tag_v2", {})
     if tags.get(PLANAR) == 2 and tags.get(BITS, (8,))[0] == 16:  # Pillow mixes up their bytes
@@ -178,13 +192,18 @@ def _low_bytes(image: Image.Image, file: BinaryIO, frame: int) -> NDArray[np.uin
     other = "RGBA" if raw == "LA;16B" else raw[:-4] + OTHER_BYTE[raw[-4:]]
     if image.mode not in ("RGB", "RGBA"):
         return None
-    again = _open(file, frame)
+    again: Any = _open(file, frame)
     again.tile = [
         tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
         for tile in again.tile
     ]
     again.load()
     return np.array(again)
+
+
+def _raw(tile: Any) -> str:
+    """Return how the bytes of a Pillow tile lie, such as "RGB;16B"."""
+    return tile.args if isinstance(tile.args, str) else tile.args[0]
 
 
 def _from_two(image: Image.Image, low: NDArray[np.uint8]) -> Source:

@@ -3,6 +3,9 @@
 Compressed by deflate behind a horizontal predictor. A file of more than 4 GB is a BigTIFF.
 """
 
+# pyright: basic
+# Pillow types neither tiles nor tags.
+
 from __future__ import annotations
 
 import zlib

@@ -19,13 +19,13 @@ from gsr.io.png import PngWriter
 from gsr.io.source import Metadata
 from gsr.io.tiff import TiffWriter
 
-DEPTHS = {"PNG": ("uint8", "uint16"), "TIFF": ("uint8", "uint16", "float32")}  # of others: uint8
+DEPTHS = {"PNG": "u1 u2", "TIFF": "u1 u2 f4"}  # of others: u1, which is uint8
 
 
 def depth_in(kind: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the type that a format holds of an image of this type: the nearest it has."""
-    held = DEPTHS.get(kind, ("uint8",))
-    return dtype if dtype.name in held else np.dtype(held[-1])
+    held = DEPTHS.get(kind, "u1").split()
+    return dtype if f"{dtype.kind}{dtype.itemsize}" in held else np.dtype(held[-1])
 
 
 @contextmanager
@@ -36,6 +36,7 @@ def image_writer(
     dtype: Any = np.uint8,
     meta: Metadata | None = None,
     white: float | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Generator[Callable[[NDArray[Any]], None]]:
     """Yield a function that takes the next rows of an image, [n, W, channels].
 
@@ -46,6 +47,7 @@ def image_writer(
         dtype: what `depth_in` returns for the format: uint8, uint16 or float32.
         meta: what else the file shall say.
         white: level of white where it is not the type's largest; TIFF alone says it.
+        options: Pillow's for the other formats, such as quality; None is its default.
 
     Raises:
         InputError: the file cannot be written.
@@ -63,11 +65,11 @@ def image_writer(
             yield write
             end()
         else:
-            yield from _gather(file, path, size, channels, meta)
+            yield from _gather(file, path, size, channels, {**meta.info(size), **(options or {})})
 
 
 def _gather(
-    file: BinaryIO, path: StrPath, size: tuple[int, int], channels: int, meta: Metadata
+    file: BinaryIO, path: StrPath, size: tuple[int, int], channels: int, options: dict[str, Any]
 ) -> Generator[Callable[[NDArray[Any]], None]]:
     """Keep the rows, and have Pillow encode them at the end."""
     image, done = np.empty((*size, channels), np.uint8), 0
@@ -81,4 +83,4 @@ def _gather(
     if done != size[0]:
         raise ValueError(f"{done} of {size[0]} rows were written")
     result = Image.fromarray(image[..., 0] if channels == 1 else image)
-    encode(file, path, result, meta.info(size))
+    encode(file, path, result, options)
