@@ -83,7 +83,7 @@ def _one(job: Job, args: argparse.Namespace, models: dict, device: Any, name: st
 
     source = "standard input" if job.source == PIPE else job.source
     with open_file(job.source) as file:
-        with decoding(source, _limit(args)):
+        with decoding(source, _limit(args)), silent():
             planned = plan(file, args)
         _check_sizes(args, job, planned)
         height, width = planned.crop or planned.size
@@ -93,7 +93,7 @@ def _one(job: Job, args: argparse.Namespace, models: dict, device: Any, name: st
             return
         model = _load(planned.model, models, device)
         start = time.perf_counter()
-        with decoding(source, _limit(args)):
+        with decoding(source, _limit(args)), silent():
             image = read_source(file)
     with _destination(job.output, args) as path:
         _write(path, source, image, planned, model, args, name)
@@ -228,6 +228,24 @@ def _makes_folder(args: argparse.Namespace) -> bool:
 
 
 @contextmanager
+def silent() -> Generator[None]:
+    """Drop what C libraries print: libtiff has lines of its own on stderr for damaged files."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
 def _destination(output: Path, args: argparse.Namespace) -> Generator[Path]:
     """Yield the file to write; for standard output one that is copied there at the end."""
     from gsr.io.image import remove_left_over
@@ -269,11 +287,14 @@ def plan(file: BinaryIO, args: argparse.Namespace) -> Plan:
             f"to decode this image takes about {held / 1e6:.0f} MB, more than --max-memory = "
             f"{args.max_memory / 1e6:.0f} MB; allow more"
         )
+    # The further images of a phone's JPEG (MPO) are previews and depths, not frames.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    only = f", the first of {frames} frames" if frames > 1 else ""
     if args.model is not None:
-        return Plan(size, crop, args.model, "")
+        return Plan(size, crop, args.model, only)
     if lossy := lossy_compression(file):
-        return Plan(size, crop, "photo", f", by gsr-photo ({lossy})")
-    return Plan(size, crop, "lite", ", by gsr-lite (no lossy compression)")
+        return Plan(size, crop, "photo", f", by gsr-photo ({lossy}){only}")
+    return Plan(size, crop, "lite", f", by gsr-lite (no lossy compression){only}")
 
 
 def wanted(

@@ -225,6 +225,16 @@ def test_max_memory_is_checked_before_decoding(here, capsys, monkeypatch):
     assert "to decode this image takes about" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_a_word_for_frames_that_are_left_out(here, capsys, image, name):
+    frames = [Image.fromarray(np.roll(image, i, 1)) for i in range(3)]
+    frames[0].save(name, save_all=True, append_images=frames[1:])
+    assert upscale(name, "-o", "out.png", "--scale", "2") == 0
+    assert capsys.readouterr().out.strip().endswith("s, the first of 3 frames")
+    assert upscale("photo.png", "-o", "b.png", "--scale", "2") == 0
+    assert "frames" not in capsys.readouterr().out
+
+
 # ---- processes ----------------------------------------------------------------------------------
 
 

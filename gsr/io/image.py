@@ -99,6 +99,7 @@ def decoding(path: StrPath, max_pixels: int | None = None) -> Generator[None]:
         Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, which say nothing about the pixels
             # Pillow only warns between one and two times its limit. Both count as a refusal here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield

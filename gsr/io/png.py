@@ -66,7 +66,7 @@ class PngWriter:
     def write(self, rows: NDArray[Any]) -> None:
         """Take the next rows [n, W, channels]."""
         data = np.ascontiguousarray(rows, self.big).tobytes()
-        lines = np.frombuffer(data, np.uint8).reshape(len(rows), -1)
+        lines: Pixels = np.reshape(np.frombuffer(data, np.uint8), (len(rows), -1))
         self._chunk(b"IDAT", self.packer.compress(_filtered(lines, self.above, self.pixel).data))
         self.above, self.done = lines[-1].copy(), self.done + len(lines)
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL.TiffImagePlugin import IFDRational
 from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Directory
 
-from gsr.io.source import MAX_SAMPLE_VALUE, Metadata
+from gsr.io.source import KEPT, MAX_SAMPLE_VALUE, Metadata
 
 ROWS_BYTES = 2**20  # of a strip, about
 LARGE = int(0.95 * 2**32)  # bytes, from which on offsets take eight
 STRIP_OFFSETS, STRIP_COUNTS = 273, 279
+PRIVATE = 32768
 LONG, LONG8, UNDEFINED, BYTE = 4, 16, 7, 1
 
 
@@ -108,7 +109,8 @@ class TiffWriter:
         tags = Directory(self.head + bytes(8 if self.big else 4))
         # EXIF describes the image in the main directory too: camera, date, author.
         for tag, value in (meta.exif_of(size) or {}).items():
-            tags[tag] = value
+            if tag in KEPT or tag >= PRIVATE:  # others say how another file was stored
+                tags[tag] = value
         tags[257], tags[256] = size
         tags[258] = (8 * dtype.itemsize,) * channels
         tags[259] = 8  # deflate
