@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	@mkdir -p out
-	$(BIN)/gsr upscale assets/demo.png --scale 3.7 -o out/demo_x3.7.png \
+	$(BIN)/gsr upscale assets/demo.png --scale 3.7 --overwrite -o out/demo_x3.7.png \
 	    --compare out/demo_x3.7_compare.png
 
 test: setup

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 import re
+import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from gsr import __version__
@@ -27,6 +26,8 @@ examples:
   gsr upscale photo.jpg -o wide.png --scale 2x3.5        (2 times as wide, 3.5 times as high)
   gsr upscale photo.jpg -o hd.png --size 1920x1080       (width x height)
   gsr upscale *.jpg -o folder/ --scale 4
+  gsr upscale holiday/ -o large/ --long-edge 4096 --skip-existing
+  gsr upscale - -o - --scale 2 < small.png > large.png
 """
 
 
@@ -44,14 +45,34 @@ def guard(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"gsr: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _interrupted(error):
+            raise
         print("gsr: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an exception: numpy makes an ImportError of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the console script `gsr`."""
+    if threading.current_thread() is threading.main_thread():
+        # Their default ends the process at once, and leaves half a file under a hidden name.
+        for name in ("SIGTERM", "SIGHUP"):
+            if (number := getattr(signal, name, None)) is not None:
+                signal.signal(number, _terminate)
     guard(dispatch, argv)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def dispatch(argv: Sequence[str] | None = None) -> None:
@@ -92,14 +113,19 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    up.add_argument("image", nargs="+", metavar="IMAGE", help="file to upscale")
+    up.add_argument(
+        "image",
+        nargs="+",
+        metavar="IMAGE",
+        help="file to upscale, or a folder with all images in it and below; - is standard input",
+    )
     up.add_argument(
         "-o",
         "--output",
         required=True,
         metavar="OUT",
-        help="file to write (.png, .jpg, .webp, .tiff or .bmp), or a folder: an existing one, or "
-        "with a / at its end",
+        help="file to write (.png, .jpg, .webp, .tiff, .avif or .bmp), or a folder: an existing "
+        "one, or with a / at its end; - is standard output",
     )
     how = up.add_mutually_exclusive_group(required=True)
     how.add_argument(
@@ -109,7 +135,21 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         help="factor, at least 1, or two as WIDTHxHEIGHT: 2x3.5 is 2 times as wide and 3.5 times "
         "as high",
     )
-    how.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="size in pixels: 1920x1080")
+    how.add_argument(
+        "--size",
+        type=_size,
+        metavar="WIDTHxHEIGHT",
+        help="size in pixels: 1920x1080, 1920x or x1080",
+    )
+    how.add_argument("--long-edge", type=_positive, metavar="N", help="pixels of the longer side")
+    how.add_argument("--megapixels", type=_positive, metavar="N", help="millions of pixels")
+    up.add_argument(
+        "--fit",
+        choices=("contain", "cover", "stretch"),
+        default="contain",
+        help="an image of other proportions than --size fits into it (contain, the default), "
+        "covers it and is cropped (cover), or is distorted (stretch)",
+    )
     up.add_argument(
         "--model",
         metavar="lite|photo|PATH",
@@ -142,6 +182,7 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         help="auto (default) takes bf16 where the processor is fast in it and the model was "
         "measured to lose at most 0.01 dB by it",
     )
+    _add_output_options(up)
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     up.set_defaults(run=_upscale)
     add_data_parser(commands)
@@ -152,6 +193,47 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
     else:
         commands.add_parser("inspect", help="draw a model's Gaussians (gsr inspect --help)")
     return parser
+
+
+def _add_output_options(up: argparse.ArgumentParser) -> None:
+    """Add what is about the files that are written."""
+    there = up.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    there.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave files that are there, and do the rest: after an interruption, for example",
+    )
+    there.add_argument(
+        "--no-clobber", action="store_true", help="refuse to write where a file is (the default)"
+    )
+    up.add_argument(
+        "--format",
+        choices=("png", "jpg", "webp", "tiff", "avif", "bmp"),
+        help="format of files in a folder and of standard output (default: that of the source)",
+    )
+    up.add_argument(
+        "--quality", type=_quality, metavar="1-100", help="of JPEG, WebP and AVIF (default: 95)"
+    )
+    up.add_argument(
+        "--chroma",
+        choices=("4:4:4", "4:2:2", "4:2:0"),
+        help="colour resolution of JPEG and AVIF (default: 4:4:4)",
+    )
+    up.add_argument(
+        "--bits",
+        choices=("8", "16", "same"),
+        default="same",
+        help="a channel; same (default) is what the source has, or the most that the format has",
+    )
+    up.add_argument(
+        "--strip-metadata",
+        action="store_true",
+        help="leave out EXIF, XMP, resolution and texts; the colour profile stays",
+    )
+    up.add_argument(
+        "--dry-run", action="store_true", help="only say what would be written, by which model"
+    )
 
 
 def _scale(text: str) -> tuple[float, float]:
@@ -166,15 +248,34 @@ def _scale(text: str) -> tuple[float, float]:
     return vertical, horizontal
 
 
-def _size(text: str) -> tuple[int, int]:
-    """Parse "1920x1080" (width x height) to (H, W)."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
+def _size(text: str) -> tuple[int | None, int | None]:
+    """Parse "1920x1080" (width x height), "1920x" or "x1080" to (H, W), None where left out."""
+    match = re.fullmatch(r"(\d*)x(\d*)", text.strip().lower())
+    if match is None or match.groups() == ("", ""):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size such as 1920x1080 (width x height)"
-        ) from None
+            f"{text!r} is not a size such as 1920x1080, 1920x or x1080 (width x height)"
+        )
+    width, height = (int(part) if part else None for part in match.groups())
+    if 0 in (width, height):
+        raise argparse.ArgumentTypeError(f"the size {text!r} has no pixels")
     return height, width
+
+
+def _positive(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def _quality(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100")
+    return int(text)
 
 
 def _bytes(text: str) -> int:
@@ -187,145 +288,11 @@ def _bytes(text: str) -> int:
 
 
 def _upscale(args: argparse.Namespace) -> None:
-    sources = [Path(source) for source in args.image]
-    if args.compare and len(sources) > 1:
-        raise InputError("--compare takes one IMAGE; upscale them one by one")
     if args.max_pixels is not None and args.max_pixels < 1:
         raise InputError(f"--max-pixels must be at least 1, not {args.max_pixels}")
+    from gsr.batch import run
 
-    from gsr.device import select_device, set_threads
-    from gsr.inference.upscale import MAX_PIXELS, target_size, upscale, upscale_to_png
-    from gsr.io.image import (
-        check_format,
-        check_writable,
-        lossy_compression,
-        open_image,
-        save_image,
-    )
-    from gsr.io.paths import check_path, make_folder
-
-    # Everything that can be refused is refused before the model is loaded or a pixel computed, and
-    # before anything is written, be it a folder.
-    set_threads(args.threads)
-    limit = MAX_PIXELS if args.max_pixels is None else args.max_pixels
-    sizes = []
-    for source in sources:
-        image = open_image(source)
-        try:
-            (height, width), _ = target_size(
-                (image.height, image.width), args.scale, args.size, limit
-            )
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-        sizes.append((width, height))
-    outputs = _outputs(sources, args.output)
-    comparison = check_path(args.compare) if args.compare else None
-    if comparison is not None and comparison.resolve() == outputs[0].resolve():
-        raise InputError(f"--compare and --output both name {comparison}; choose two names")
-    files = list(zip(outputs, sizes, strict=True))
-    if comparison is not None:
-        files.append((comparison, _sheet(*sizes[0])[0]))
-    for path, size in files:
-        check_format(path, size)
-        for source in sources:
-            if path.exists() and os.path.samefile(source, path):
-                raise InputError(f"{path} would overwrite the input {source}; choose another name")
-    if _is_folder(sources, args.output):
-        make_folder(args.output)
-    for path, _ in files:
-        check_writable(path)
-
-    from gsr.models.checkpoint import load
-
-    device = select_device(args.device)
-    choices = [_choose(args.model, lossy_compression(source)) for source in sources]
-    # All of them at once: a model that is missing is found before the first image is computed.
-    models = {name: load(name).to(device) for name in dict.fromkeys(c[0] for c in choices)}
-    progress = not args.quiet and sys.stderr.isatty()
-    for source, output, (width, height), (name, why) in zip(
-        sources, outputs, sizes, choices, strict=True
-    ):
-        model = models[name]
-        if len(sources) > 1:  # otherwise it is still there from the checks
-            image = open_image(source)
-        options = (
-            args.scale, args.size, model, progress, limit, args.max_memory, args.precision
-        )  # fmt: skip
-        start = time.perf_counter()
-        streamed = output.suffix.lower() == ".png" and comparison is None
-        try:
-            if streamed:
-                upscale_to_png(output, image, *options)
-            else:
-                large = upscale(image, *options)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-        if not streamed:
-            save_image(output, large)
-        if not args.quiet:
-            seconds = time.perf_counter() - start
-            print(f"{output}: {width} x {height} in {seconds:.1f} s{why}", flush=True)
-    if comparison is not None:
-        save_image(comparison, _side_by_side(image, large))
-        if not args.quiet:
-            print(f"{comparison}: bicubic left, gsr right")
-
-
-def _choose(model: str | None, lossy: str | None) -> tuple[str, str]:
-    """Return the model for a file, by name or path, and why, for the line that is printed."""
-    if model is not None:
-        return model, ""
-    if lossy:
-        return "photo", f", by gsr-photo ({lossy})"
-    return "lite", ", by gsr-lite (no lossy compression)"
-
-
-def _outputs(sources: list[Path], output: str) -> list[Path]:
-    """Return the file to write for each image."""
-    from gsr.io.image import WRITE_FORMATS
-    from gsr.io.paths import check_path
-
-    if not _is_folder(sources, output):
-        return [check_path(output)]
-    names = [
-        source.name if source.suffix.lower() in WRITE_FORMATS else f"{source.stem}.png"
-        for source in sources
-    ]
-    paths = [check_path(Path(output, name)) for name in names]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise InputError(f"two images would be written to {path}; rename one of them")
-    return paths
-
-
-def _is_folder(sources: list[Path], output: str) -> bool:
-    """Return whether --output means a folder, which may not be there yet."""
-    return len(sources) > 1 or output.endswith(("/", os.sep)) or os.path.isdir(output)
-
-
-def _sheet(width: int, height: int) -> tuple[tuple[int, int], int, int, int]:
-    """Return the size of a sheet with two images, of its text, of the gap and the label band."""
-    text = max(12, round(height / 28))
-    gap, band = max(2, text // 3), math.ceil(1.6 * text)
-    return (2 * width + gap, band + height), text, gap, band
-
-
-def _side_by_side(image: Any, large: Any) -> Any:
-    """Draw the small image, upsampled bicubically, beside the large one, under labels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from gsr.io.image import on_white, to_rgb
-
-    width, height = large.size
-    size, text, gap, band = _sheet(width, height)
-    bicubic = to_rgb(on_white(image)).resize(large.size, Image.Resampling.BICUBIC)
-    sheet = Image.new("RGB", size, "white")
-    sheet.paste(bicubic, (0, band))
-    sheet.paste(to_rgb(on_white(large)), (width + gap, band))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
-    for left, label in ((0, "bicubic"), (width + gap, "gsr")):
-        draw.text((left + text // 2, band // 2), label, "black", font, anchor="lm")
-    return sheet
+    run(args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from gsr.io.image import read_image, write_image
 from gsr.models.checkpoint import save_model
 
 ROOT = Path(__file__).parent.parent
+WIDE = ["--fit", "stretch", "--size"]
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_scale(here, tiny_model, image, capsys):
 def test_two_scales_and_size_are_width_first(here):
     upscale("-o", "out.png", "--scale", "2x3.5")
     assert Image.open("out.png").size == (34, 42)
-    upscale("-o", "out.png", "--size", "20x50", "--quiet")
+    upscale("-o", "out.png", "--size", "20x50", "--fit", "stretch", "--quiet", "--overwrite")
     assert Image.open("out.png").size == (20, 50)
 
 
@@ -129,9 +130,18 @@ def test_several_images_into_a_folder(here, image, capsys):
         (["-o", "x" * 300 + ".png", "--scale", "2"], "cannot be used (File name too long)"),
         (["-o", "x" * 300 + "/", "--scale", "2"], "cannot be used (File name too long)"),
         (["-o", "a.png", "--scale", "2", "--compare", "x" * 300 + ".png"], "File name too long"),
-        (["-o", "out.webp", "--size", "16384x12"], "out.webp: WEBP takes at most 16383 pixels"),
-        (["-o", "new/", "--size", "16384x12", "--compare", "c.webp"], "c.webp: WEBP takes at most"),
-        (["-o", "a.png", "--size", "40000x12", "--compare", "c.jpg"], "c.jpg: JPEG takes at most"),
+        (
+            [*WIDE, "16384x12", "-o", "out.webp"],
+            "out.webp: WEBP takes at most 16383 pixels",
+        ),
+        (
+            [*WIDE, "16384x12", "-o", "new/", "--compare", "c.webp"],
+            "c.webp: WEBP takes at most",
+        ),
+        (
+            [*WIDE, "40000x12", "-o", "a.png", "--compare", "c.jpg"],
+            "c.jpg: JPEG takes at most",
+        ),
     ],
 )
 def test_refusals(here, capsys, argv, sentence):
@@ -173,7 +183,7 @@ def test_everything_is_checked_before_the_work(here, capsys, monkeypatch):
     refused(capsys, "-o", "out.png", "--scale", "2", "--compare", "none/c.png")
     refused(capsys, "-o", "out.png", "--scale", "0.5")
     refused(capsys, "-o", "out.png", "--scale", "2", "--max-pixels", "815")
-    refused(capsys, "-o", "out.jpg", "--size", "65501x12")
+    refused(capsys, "-o", "out.jpg", "--fit", "stretch", "--size", "65501x12")
     with pytest.raises(SystemExit):
         cli.main(["upscale", "photo.png", "missing.png", "-o", "folder", "--scale", "2"])
     assert "missing.png: there is no such file" in capsys.readouterr().err
@@ -199,9 +209,12 @@ def test_guard(capsys):
 
         return main
 
+    converted = ImportError("numpy makes this of it")
+    converted.__cause__ = KeyboardInterrupt()
     for error, code, text in [
         (InputError("fix it."), 2, "gsr: error: fix it.\n"),
         (KeyboardInterrupt(), 130, "gsr: interrupted\n"),
+        (converted, 130, "gsr: interrupted\n"),
         (SystemExit(5), 5, ""),
     ]:
         with pytest.raises(SystemExit) as caught:
@@ -298,8 +311,9 @@ def test_the_model_fits_the_file(here, capsys, monkeypatch, tiny_model):
     assert loaded == ["lite", "photo"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("by gsr-lite (no lossy compression)")
-    assert all(line.endswith("by gsr-photo (JPEG)") for line in lines[1:]) and len(lines) == 3
+    assert all(line.endswith("by gsr-photo (JPEG)") for line in lines[1:3])
+    assert lines[3:] == ["3 of 3 images upscaled"]
     for choice in ("lite", "photo"):
         loaded.clear()
-        cli.dispatch(["upscale", "b.jpg", "-o", "b.png", "--scale", "2", "--model", choice])
+        cli.dispatch(["upscale", "b.jpg", "-o", f"{choice}/", "--scale", "2", "--model", choice])
         assert loaded == [choice] and "by gsr" not in capsys.readouterr().out

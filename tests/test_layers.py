@@ -11,7 +11,7 @@ LAYERS = [
     ("errors",), ("io", "parts"), ("schema",), ("config",), ("device",), ("kernels", "ops"),
     ("models",), ("inference",),
     ("distributed", "losses", "metrics", "optim"), ("data",), ("describe",), ("viz",),
-    ("evaluation", "runs"), ("cli",),
+    ("evaluation", "runs"), ("batch",), ("cli",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,7 +1,7 @@
 """Upscale images of any kind: Pillow images, arrays and tensors in, the same kind out.
 
 `upscale` is the public function. The work is done strip by strip (`gsr.inference.strips`), so that
-memory stays bounded; `upscale_to_png` does not even hold the result.
+memory stays bounded; `upscale_to_file` does not even hold the result.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gsr.errors import InputError
+from gsr.inference.alpha import fill_hidden
 from gsr.inference.strips import StripRenderer, inference, model_device, progress_bar
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
 
+LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # types of whole numbers, and their white
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_PIXELS = 400_000_000  # largest output, unless the caller raises it: 1.2 GB as bytes
 
 
@@ -29,13 +32,13 @@ def target_size(
     shape: tuple[int, int],
     scale: float | Sequence[float] | None = None,
     size: Sequence[int] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = MAX_PIXELS,
 ) -> tuple[tuple[int, int], tuple[float, float]]:
     """Size (H, W) and scale (s_y, s_x) of the result for an image of `shape` (h, w).
 
     Exactly one of scale (a number, or (s_y, s_x), each from 1 to a million) and size ((H, W),
     each at least that of the image) is given. Size from scale is rounded to whole pixels.
-    Raises InputError for anything else, or for more than `max_pixels` pixels.
+    Raises InputError for anything else, or for more than `max_pixels` pixels (None: no limit).
     """
     from gsr.models.sizes import check_scale, resolve_size
 
@@ -52,7 +55,7 @@ def target_size(
             f"the size {out[1]} x {out[0]} (width x height) is below the image's {w} x {h}; "
             "gsr only upscales, Pillow's Image.resize downsamples"
         )
-    if out[0] * out[1] > max_pixels:
+    if max_pixels is not None and out[0] * out[1] > max_pixels:
         raise InputError(
             f"the result would have {out[1]} x {out[0]} = {out[0] * out[1]:,} pixels, more than "
             f"max_pixels (--max-pixels) = {max_pixels:,}; upscale less, or raise that limit"
@@ -66,18 +69,21 @@ def upscale(
     size: Sequence[int] | None = None,
     model: GaussianSR | None = None,
     progress: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = MAX_PIXELS,
     max_memory: int | None = None,
     precision: str = "auto",
 ) -> Any:
     """Upscale an image to any size; the same kind of object comes back, values clamped.
 
     `image` is one of
-      * a Pillow image. L, LA, RGB and RGBA stay what they are; a palette image comes back as RGB
-        or RGBA, 1-bit and 16-bit ones as L, all others as RGB. Alpha is upsampled bicubically. An
-        ICC profile is kept and an EXIF orientation carried out (size then means upright).
-      * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8 or in [0, 1]
-      * a tensor [3, h, w] or [B, 3, h, w], uint8 or float in [0, 1], on any device.
+      * a Pillow image. L, LA, RGB and RGBA stay what they are, and so do I;16, I and F (16-bit and
+        floating-point grey); a palette image comes back as RGB or RGBA, a 1-bit one as L, all
+        others as RGB. Alpha goes through the model as well, and colours hidden under an alpha of 0
+        count for nothing. ICC profile, EXIF, XMP and resolution are kept in `info`; an EXIF
+        orientation is carried out (size then means upright).
+      * a NumPy array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (alpha last), uint8, uint16 or in
+        [0, 1]
+      * a tensor [3, h, w] or [B, 3, h, w], uint8, uint16 or float in [0, 1], on any device.
     Give exactly one of `scale`, a number or (s_y, s_x), each at least 1, and `size`, whole numbers
     (H, W), at least the image's. `model` is the bundled one (`gsr.load()`) if left out, and
     computes on its own device. `progress` shows a bar on stderr; `max_pixels` bounds H * W;
@@ -114,6 +120,12 @@ def _usable_model(model) -> GaussianSR:
         raise InputError(
             f"model must be a GaussianSR, as gsr.load(path) returns, not {type(model).__name__}"
         )
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if kinds != {torch.float32}:
+        raise InputError(
+            f"the model's weights must be float32, not {', '.join(sorted(map(str, kinds)))}: call "
+            'model.float(), and choose by precision="bf16" what it computes in'
+        )
     return model
 
 
@@ -131,52 +143,80 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
         raise InputError(f"a tensor must be [3, h, w] or [B, 3, h, w], not {shape}{hint}")
     if 0 in shape:
         raise InputError(f"a tensor must not be empty, as {shape} is")
-    if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
-        raise InputError(f"a tensor must be uint8 or float in [0, 1], not {image.dtype}")
+    if image.layout != torch.strided or image.device.type == "meta":
+        raise InputError("a tensor must be dense and hold values, not sparse or on device meta")
+    if image.dtype not in (*LEVELS, *FLOATS):
+        raise InputError(f"a tensor must be uint8, uint16 or float in [0, 1], not {image.dtype}")
     out, scales = target_size(tuple(shape[-2:]), scale, size, max_pixels)
     image = image.detach()
-    if image.dtype != torch.uint8:
+    if image.dtype not in LEVELS:
         _check_range(float(image.min()), float(image.max()))
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
     for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one image
-        fill(lr, out, scales, hr)
+        fill(_plain(lr), out, scales, hr)
     return result if image.ndim == 4 else result[0]
 
 
-def _fill(
-    model, max_memory, precision, bar, lr: torch.Tensor, out, scales, hr: torch.Tensor, later=0
-):
-    """Render lr [3, h, w] or [1, h, w], uint8 or in [0, 1], into hr of as many planes and type.
+class Planes(NamedTuple):
+    """What is rendered: lr [1 or 3, h, w], alpha [h, w] of the same type or None.
 
-    `later` is the bytes that the caller will take besides hr.
+    `white` is the level of lr that is 1 for the network, `top` the level that 1 is in the result,
+    which has the type `kind`.
     """
+
+    lr: torch.Tensor
+    alpha: torch.Tensor | None
+    white: float
+    top: float
+    kind: torch.dtype
+
+
+def _plain(lr: torch.Tensor, alpha: torch.Tensor | None = None) -> Planes:
+    """Planes of the full range of their type (floats: [0, 1]), for a result of that type."""
+    top = LEVELS.get(lr.dtype, 1)
+    return Planes(lr, alpha, top, top, lr.dtype)
+
+
+def _fill(model, max_memory, precision, bar, planes, out, scales, hr: torch.Tensor, later=0):
+    """Render planes into hr [C, H, W]; `later` is the bytes the caller will take besides it."""
 
     def put(start: int, stop: int, strip: torch.Tensor) -> None:
         hr[:, start:stop] = strip
 
-    _render(model, max_memory, precision, bar, lr, out, scales, put, hr.nbytes + later)
+    _render(model, max_memory, precision, bar, planes, out, scales, put, hr.nbytes + later)
 
 
-def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int) -> None:
-    """put(start, stop, HR rows) for the upscaled lr [3, h, w] or [1, h, w], from the top.
+def _render(model, max_memory, precision, bar, planes: Planes, out, scales, put, result: int):
+    """put(start, stop, HR rows) for the upscaled planes, from the top: colours, then alpha if any.
 
-    They have as many planes, and are uint8 if lr is; `result` is the bytes that the caller takes.
+    `result` is the bytes that the caller takes.
     """
+    lr, alpha, white, top, kind = planes
     device = model_device(model)
+    # An opaque image stays opaque to the last bit, and costs no second pass.
+    constant = alpha is not None and bool((alpha == alpha[0, 0]).all())
+    sources = [lr] if alpha is None or constant else [lr, alpha[None]]
+    whites = [white, LEVELS.get(lr.dtype, 1)]
 
     def source(start: int, stop: int) -> torch.Tensor:
-        rows = lr[:, start:stop].to(device).float().expand(3, -1, -1)[None]
-        return rows / 255 if lr.dtype == torch.uint8 else rows
+        rows = [p[:, start:stop].to(device).float().expand(3, -1, -1) for p in sources]
+        rows = [r if w == 1 else r / w for r, w in zip(rows, whites, strict=False)]
+        return torch.stack(rows)
 
     def finish(strip: torch.Tensor) -> torch.Tensor:
-        strip = strip[0].clamp_(0, 1)
-        if lr.shape[0] == 1:
-            weights = strip.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
-            strip = (strip * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
-        return strip.mul_(255).round_().to(torch.uint8) if lr.dtype == torch.uint8 else strip
+        strip = strip.clamp_(0, 1)
+        colour = strip[0] if lr.shape[0] == 3 else _grey(strip[0])
+        colour = _quantise(colour, top, kind)
+        if alpha is None:
+            return colour
+        full = LEVELS.get(kind, 1)
+        if constant:
+            one = alpha[0, 0].to(device).float() / whites[1]
+            return torch.cat([colour, _quantise(one.expand_as(strip[0, :1]).clone(), full, kind)])
+        return torch.cat([colour, _quantise(_grey(strip[1]), full, kind)])
 
-    shape = (1, 3, *lr.shape[-2:])
+    shape = (len(sources), 3, *lr.shape[-2:])
     with inference(model):
         renderer = StripRenderer(
             model, source, shape, out, scales, precision, finish=finish, bar=bar
@@ -193,6 +233,22 @@ def _render(model, max_memory, precision, bar, lr, out, scales, put, result: int
                 writing.result()
 
 
+def _quantise(values: torch.Tensor, top: float, kind: torch.dtype) -> torch.Tensor:
+    """Values in [0, 1], which are overwritten, as levels up to `top`."""
+    if kind not in LEVELS:
+        return values if top == 1 else values.mul_(top)
+    values = values.mul_(top).round_()
+    if top > LEVELS[kind]:  # highlights of a floating-point image
+        values = values.clamp_(max=LEVELS[kind])
+    return values.to(kind)
+
+
+def _grey(rgb: torch.Tensor) -> torch.Tensor:
+    """The luma [1, h, w] of rgb [3, h, w] in [0, 1]."""
+    weights = rgb.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+    return (rgb * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
+
+
 def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
     image = np.asarray(image)  # a view of np.matrix with a third axis has a broken shape
     shape = list(image.shape)
@@ -203,116 +259,129 @@ def _upscale_array(image, scale, size, max_pixels, fill) -> np.ndarray:
         )
     if 0 in shape:
         raise InputError(f"an array must not be empty, as {shape} is")
-    if image.dtype != np.uint8 and image.dtype.kind != "f":
-        raise InputError(f"an array must be uint8 or float in [0, 1], not {image.dtype}")
+    whole = image.dtype.kind == "u" and image.dtype.itemsize <= 2
+    if not whole and image.dtype.kind != "f":
+        raise InputError(f"an array must be uint8, uint16 or float in [0, 1], not {image.dtype}")
     out, scales = target_size(tuple(shape[:2]), scale, size, max_pixels)
-    if image.dtype != np.uint8:
+    if not whole:
         _check_range(float(image.min()), float(image.max()))
     planes = image if image.ndim == 3 else image[..., None]
     channels = planes.shape[2]
-    if planes.dtype != np.uint8:
-        planes = planes.astype(np.float32)
+    # In the machine's byte order; a copy only where something changes.
+    planes = planes.astype(image.dtype.newbyteorder("=") if whole else np.float32, copy=False)
     if min(planes.strides) < 0 or not planes.flags.writeable:  # neither can be a tensor
         planes = planes.copy()
     result = np.empty((*out, channels), planes.dtype)
-    lr, hr = (_as_tensor(a) for a in (planes, result))
-    fill(lr, out, scales, hr)
-    if channels == 4:
-        result[..., 3] = _bicubic(planes[..., 3], out)
+    colour, alpha = (planes, None) if channels < 4 else (planes[..., :3], planes[..., 3])
+    planes = _plain(*_as_tensors(colour, alpha))
+    fill(planes, out, scales, torch.from_numpy(result).permute(2, 0, 1))
     return (result if image.ndim == 3 else result[..., 0]).astype(image.dtype, copy=False)
 
 
 def _upscale_pil(image, scale, size, max_pixels, fill):
     from PIL import Image
 
-    image = _upright(image)
-    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
-    array, alpha, profile = _planes(image)
-    result = np.empty((*out, array.shape[2]), np.uint8)
-    lr, hr = (_as_tensor(a) for a in (array, result))
+    from gsr.io.source import from_image
+
+    mode = image.mode
+    source = from_image(image)
+    out, scales = target_size(source.shape, scale, size, max_pixels)
+    channels = source.channels
+    result = np.empty((*out, channels), source.colour.dtype)
+    hr = torch.from_numpy(result).permute(2, 0, 1)
     # Pillow's own copy, 4 bytes a pixel, and the file as it is in memory before it is written.
-    fill(lr, out, scales, hr, 7 * math.prod(out))
-    result = Image.fromarray(result[..., 0] if array.shape[2] == 1 else result)
-    if alpha is not None:
-        result.putalpha(Image.fromarray(_bicubic(alpha, out)))
-    if profile is not None:
-        result.info["icc_profile"] = profile
+    fill(_planes(source, source.colour.dtype), out, scales, hr, 7 * math.prod(out))
+    result = Image.fromarray(result[..., 0] if channels == 1 else result)
+    result = result.convert("I") if mode == "I" else result
+    result.info.update(source.meta.info(out))
     return result
 
 
-def upscale_to_png(
+def upscale_to_file(
     path: str | os.PathLike,
     image: Any,
     scale: float | Sequence[float] | None = None,
     size: Sequence[int] | None = None,
     model: GaussianSR | None = None,
-    progress: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    progress: bool | str = False,
+    max_pixels: int | None = MAX_PIXELS,
     max_memory: int | None = None,
     precision: str = "auto",
+    *,
+    crop: tuple[int, int] | None = None,
+    bits: str = "same",
+    options: dict[str, Any] | None = None,
 ) -> tuple[int, int]:
-    """Write to a PNG file what `upscale` makes of a Pillow image; returns its size (H, W).
+    """Write what `upscale` makes of a Pillow image or `Source` to a file; returns its size (H, W).
 
-    Strip by strip: the result is never in memory as a whole. The file appears when it is complete.
-    Arguments and errors are those of `upscale`, besides an InputError for a file that cannot be
-    written.
+    A PNG or TIFF file is written strip by strip: the result is never in memory as a whole. The file
+    appears when it is complete. Arguments are those of `upscale`, and besides
+
+    Args:
+        progress: a text stands at the bar.
+        crop: size (H, W) that is cut from the middle of the result.
+        bits: "8", "16" or "same", the depth of the source or the nearest that the format has.
+        options: Pillow's for formats other than PNG and TIFF: quality, subsampling.
+
+    Raises:
+        InputError: as `upscale`; the file cannot be written, or its format has no 16 bits.
     """
-    from gsr.io.png import png_writer
+    from gsr.io.image import file_format
+    from gsr.io.source import Source, from_image
+    from gsr.io.writer import depth_in, image_writer
 
     model = _usable_model(model)
-    image = _upright(image)
-    out, scales = target_size((image.height, image.width), scale, size, max_pixels)
-    array, alpha, profile = _planes(image)
-    alpha = None if alpha is None else _bicubic(alpha, out)
-    channels = array.shape[2] + (alpha is not None)
-    with progress_bar(progress) as bar, png_writer(path, out, channels, profile) as write:
+    source = image if isinstance(image, Source) else from_image(image)
+    out, scales = target_size(source.shape, scale, size, max_pixels)
+    height, width = crop or out
+    top, left = (out[0] - height) // 2, (out[1] - width) // 2
+    kind = file_format(path)
+    asked = {"8": np.dtype(np.uint8), "16": np.dtype(np.uint16)}.get(bits, source.colour.dtype)
+    dtype = depth_in(kind, asked)
+    if bits == "16" and dtype != asked:
+        raise InputError(f"{path}: {kind} has no 16 bits a channel; choose .png or .tiff")
+    planes = _planes(source, dtype, keep=kind == "TIFF")
+    white = planes.top if dtype == np.uint16 and planes.top != 65535 else None
+    writer = image_writer(
+        path, (height, width), source.channels, dtype, source.meta, white, options
+    )
+    with progress_bar(bool(progress)) as bar, writer as write:
+        if isinstance(progress, str) and bar is not None:
+            bar.set_description_str(progress)
 
         def put(start: int, stop: int, strip: torch.Tensor) -> None:
-            rows = strip.permute(1, 2, 0).cpu().numpy()
-            if alpha is not None:
-                rows = np.concatenate([rows, alpha[start:stop, :, None]], axis=2)
-            write(rows)
+            first, last = max(start, top), min(stop, top + height)
+            if first < last:
+                rows = strip[:, first - start : last - start, left : left + width]
+                write(rows.permute(1, 2, 0).cpu().numpy())
 
-        _render(model, max_memory, precision, bar, _as_tensor(array), out, scales, put, 0)
-    return out
-
-
-def _upright(image):
-    from gsr.io.image import upright
-
-    if 0 in image.size:
-        raise InputError("the image has no pixels")
-    return upright(image)
+        # Of other formats the result is in memory, 4 bytes a pixel as Pillow has it, and the file.
+        result = 0 if kind in ("PNG", "TIFF") else 8 * height * width
+        _render(model, max_memory, precision, bar, planes, out, scales, put, result)
+    return height, width
 
 
-def _planes(image) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
-    """An upright Pillow image: uint8 [h, w, 1] (grey) or [h, w, 3], alpha [h, w], ICC profile."""
-    from gsr.io.image import has_alpha, to_rgb
+def _planes(source, dtype: np.dtype, keep: bool = True) -> Planes:
+    """Planes of a `Source` for a result of this type.
 
-    grey = image.mode in ("L", "LA", "La", "1", "I", "F") or image.mode.startswith("I;16")
-    array = np.array(to_rgb(image))
-    alpha = np.asarray(image.convert("RGBA"))[..., 3] if has_alpha(image) else None
-    # The profile of a CMYK or Lab file does not describe RGB.
-    keeps = grey or image.mode in ("RGB", "RGBA", "RGBX", "P", "PA")
-    profile = image.info.get("icc_profile") if keeps else None
-    return np.ascontiguousarray(array[..., :1]) if grey else array, alpha, profile
-
-
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    """[h, w, C] as [C, h, w], at most 3 planes, in the same memory."""
-    return torch.from_numpy(array).permute(2, 0, 1)[:3]
+    Levels stay what they are where the type does and `keep` is set; otherwise white becomes the
+    largest level.
+    """
+    lr, alpha = _as_tensors(source.colour, source.alpha)
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    top = source.white
+    if dtype != source.colour.dtype or not keep:
+        top = LEVELS.get(kind, 1) * source.white / source.shown
+    return Planes(lr, alpha, source.white, top, kind)
 
 
-def _bicubic(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """One plane [h, w], uint8 or float in [0, 1], upsampled to size (H, W) by Pillow, clamped."""
-    from PIL import Image
-
-    if plane.dtype == np.uint8:
-        image = Image.fromarray(np.ascontiguousarray(plane))
-    else:
-        image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    large = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return large if plane.dtype == np.uint8 else large.clip(0, 1)
+def _as_tensors(colour: np.ndarray, alpha: np.ndarray | None) -> tuple[torch.Tensor, Any]:
+    """Colour [h, w, C] as [C, h, w], filled where alpha [h, w] hides it; and alpha."""
+    if alpha is None:
+        return torch.from_numpy(colour).permute(2, 0, 1), None
+    alpha = np.ascontiguousarray(alpha)
+    colour = fill_hidden(colour, alpha)
+    return torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(alpha)
 
 
 def _check_range(low: float, high: float) -> None:

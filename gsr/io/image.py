@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from gsr.errors import InputError
 from gsr.io.paths import StrPath, check_path, check_takes_files
@@ -32,9 +33,11 @@ WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".webp": ("WEBP", {"quality": 95}),
     ".tif": ("TIFF", {"compression": "tiff_lzw"}),
     ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
+    ".avif": ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
     ".bmp": ("BMP", {}),
 }
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; the other formats have no limit in practice
+JPEG_SEGMENT = 65000  # bytes that EXIF or XMP may take in a JPEG file
 TEMPORARY = ".gsr-tmp"  # how the files end that write_atomic has not renamed yet
 Pixels = NDArray[np.uint8]
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -47,76 +50,126 @@ def open_image(path: StrPath) -> Image.Image:
     frame. Raises InputError if there is no such file, it is no image, it is cut short or
     damaged, or it claims more pixels than Pillow's decompression-bomb limit allows.
     """
+    with open_file(path) as file, decoding(path):
+        image = Image.open(file)
+        image.load()
+        return upright(image)
+
+
+def open_file(path: StrPath) -> BinaryIO:
+    """Open an image file for reading; what is a pipe is read to its end, "-" is standard input.
+
+    The file can seek. Raises InputError if it is not there, is a folder, empty or not readable.
+    """
+    if str(path) == "-":
+        return _not_empty(io.BytesIO(sys.stdin.buffer.read()), "standard input")
     path = check_path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
     if path.is_dir():
         raise InputError(f"{path} is a folder; name one image file")
     try:
+        file = open(path, "rb")
+        if path.is_file():
+            return _not_empty(file, path)
+        with file:
+            return _not_empty(io.BytesIO(file.read()), path)
+    except PermissionError:
+        raise InputError(f"{path} may not be read; check its permissions") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _not_empty(file: BinaryIO, name: StrPath) -> BinaryIO:
+    if not file.read(1):  # a plugin without magic bytes might take it
+        file.close()
+        raise InputError(f"{name} is empty; give a PNG, JPEG, WebP, TIFF or BMP file")
+    file.seek(0)
+    return file
+
+
+@contextmanager
+def decoding(path: StrPath, max_pixels: int | None = None) -> Generator[None]:
+    """Raise InputError that names the file for whatever Pillow raises within.
+
+    An image may have `max_pixels` pixels, or as many as Pillow's limit allows.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, which say nothing about the pixels
             # Pillow only warns between one and two times its limit. Both count as a refusal here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            with image:
-                if path.stat().st_size == 0:  # a plugin without magic bytes might take it
-                    raise Image.UnidentifiedImageError
-                image.load()
-                return upright(image)
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; cut it into smaller images"
         ) from None
     except Image.UnidentifiedImageError:
-        size = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
-        raise InputError(f"{path} {size}; give a PNG, JPEG, WebP, TIFF or BMP file") from None
-    except PermissionError:
-        raise InputError(f"{path} may not be read; check its permissions") from None
-    # Damaged files leave Pillow's decoders with almost any exception.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is a damaged or truncated image ({error})") from None
+        raise InputError(
+            f"{path} is not an image that Pillow can read; give a PNG, JPEG, WebP, TIFF or BMP file"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (MemoryError, OverflowError) as error:
         raise InputError(f"{path} does not fit in memory ({type(error).__name__})") from None
+    except Exception as error:  # damaged files leave Pillow's decoders with any of them
+        raise InputError(f"{path} is a damaged or truncated image ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-def lossy_compression(path: StrPath) -> str | None:
+def lossy_compression(file: StrPath | BinaryIO) -> str | None:
     """Name the lossy compression of an image file, such as "JPEG"; None if it lost nothing.
 
     Told from the file's header. Formats that have both kinds count by what this file has.
     """
-    image = Image.open(path)
-    with image:
-        kind, compression = image.format, str(image.info.get("compression"))
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return lossy_compression(opened)
+    file.seek(0)
+    image = Image.open(file)
+    kind, compression = image.format, str(image.info.get("compression"))
     if kind in ("JPEG", "MPO"):
         return "JPEG"
     if kind in ("AVIF", "HEIF"):
         return kind
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF with {compression.removeprefix('tiff_')}"
-    if kind == "WEBP" and _webp_is_lossy(path):
+    if kind == "WEBP" and _webp_is_lossy(file):
         return "lossy WebP"
     return None
 
 
-def _webp_is_lossy(path: StrPath) -> bool:
+def _webp_is_lossy(file: BinaryIO) -> bool:
     """Return whether any frame of a WebP file is VP8; VP8L is lossless."""
-    with open(path, "rb") as file:
-        file.seek(12)
-        while len(header := file.read(8)) == 8:
-            kind, length = header[:4], int.from_bytes(header[4:], "little")
-            if kind == b"VP8 ":
-                return True
-            if kind == b"ANMF":  # a frame: 16 bytes, then chunks of its own
-                length = 16
-            file.seek(length + length % 2, os.SEEK_CUR)
+    file.seek(12)
+    while len(header := file.read(8)) == 8:
+        kind, length = header[:4], int.from_bytes(header[4:], "little")
+        if kind == b"VP8 ":
+            return True
+        if kind == b"ANMF":  # a frame: 16 bytes, then chunks of its own
+            length = 16
+        file.seek(length + length % 2, os.SEEK_CUR)
     return False
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Copy a Pillow image, turned as its EXIF orientation says (which the copy lacks)."""
+    """Copy a Pillow image, turned as its EXIF orientation says (which the copy lacks).
+
+    Colours that were multiplied by alpha are divided by it: Pillow converts such modes only so.
+    """
+    image.load()
     try:
-        return ImageOps.exif_transpose(image)
+        # A TIFF is turned as it is decoded; an orientation in its XMP would turn it once more.
+        turned = isinstance(image, TiffImagePlugin.TiffImageFile)
+        image = image.copy() if turned else ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data says nothing about orientation, and the pixels are fine
-        return image.copy()
+        image = image.copy()
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    return image.convert(straight) if straight else image
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -180,10 +233,10 @@ def read_image(path: StrPath) -> Pixels:
         raise InputError(f"{path}: {error}") from None
 
 
-def list_images(folder: StrPath) -> list[Path]:
+def list_images(folder: StrPath, suffixes: Sequence[str] = READ_SUFFIXES) -> list[Path]:
     """Find all images below a folder, sorted by path, hidden files left out.
 
-    Told by suffix (`READ_SUFFIXES`, in any case). Raises InputError if the folder does not exist,
+    Told by suffix, in any case. Raises InputError if the folder does not exist,
     is a file, or holds no image.
     """
     folder = check_path(folder)
@@ -194,13 +247,13 @@ def list_images(folder: StrPath) -> list[Path]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in READ_SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
     if not paths:
         raise InputError(
-            f"{folder} holds no image; looked for {', '.join(READ_SUFFIXES)} in it and below"
+            f"{folder} holds no image; looked for {', '.join(suffixes)} in it and below"
         )
     return paths
 
@@ -250,24 +303,42 @@ def save_image(path: StrPath, image: Image.Image) -> None:
 
     JPEG and BMP cannot hold transparency: the image is laid on white there.
     """
-    path = Path(path)
     check_format(path, image.size)
     check_writable(path)
-    kind, options = _format(path)
-    options = {**options}
-    if kind != "BMP" and image.info.get("icc_profile"):
-        options["icc_profile"] = image.info["icc_profile"]
+    buffer = io.BytesIO()
+    encode(buffer, path, image, {"icc_profile": image.info.get("icc_profile")})
+    write_atomic(path, buffer.getvalue())
+
+
+def encode(file: BinaryIO, path: StrPath, image: Image.Image, options: dict[str, Any]) -> None:
+    """Encode a Pillow image as the suffix of `path` says, with Pillow's options for saving it.
+
+    JPEG and BMP cannot hold transparency: the image is laid on white there. Options that are None
+    are left out. Raises InputError if the format cannot hold the image.
+    """
+    kind, defaults = _format(Path(path))
+    options = {**defaults, **{key: value for key, value in options.items() if value is not None}}
     if kind in ("JPEG", "BMP"):
         image = on_white(image)
-    buffer = io.BytesIO()
+    if kind == "BMP":
+        options.pop("icc_profile", None)
+    if kind not in ("JPEG", "AVIF"):
+        options.pop("subsampling", None)
+    if kind == "JPEG":  # one segment each: more cannot be said
+        options = {
+            key: value
+            for key, value in options.items()
+            if key not in ("exif", "xmp") or len(value) <= JPEG_SEGMENT
+        }
     try:
-        image.save(buffer, kind, **options)
+        image.save(file, kind, **options)
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise InputError(
             f"{path}: a {image.width} x {image.height} {image.mode} image cannot be saved as "
             f"{kind} ({error}); choose another suffix"
         ) from None
-    write_atomic(path, buffer.getvalue())
 
 
 def write_atomic(path: StrPath, data: bytes | memoryview) -> None:
@@ -288,7 +359,7 @@ def atomic_file(path: StrPath) -> Generator[BinaryIO]:
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
+        handle, temporary = _make_temporary(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -305,11 +376,43 @@ def atomic_file(path: StrPath) -> Generator[BinaryIO]:
             os.unlink(temporary)
 
 
+def _make_temporary(path: Path) -> tuple[int, str]:
+    """Make a file beside `path` and lock it, so that `remove_left_over` knows it is in use."""
+    while True:
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
+        _lock(handle, wait=True)
+        if os.path.exists(temporary):
+            return handle, temporary
+        os.close(handle)  # removed by another process before it was locked
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock a file until it is closed; returns whether another process has not."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows, where a file in use cannot be removed; a file system without locks
+    return True
+
+
 def remove_left_over(folder: StrPath) -> None:
-    """Remove the temporary files that `write_atomic` left in a folder when it was killed."""
+    """Remove the temporary files that `write_atomic` left in a folder when it was killed.
+
+    Those that a running process writes stay.
+    """
     for path in Path(folder).glob(f".*{TEMPORARY}"):
-        if path.is_file():
-            path.unlink()
+        with suppress(OSError), open(path, "rb") as file:
+            if _lock(file.fileno(), wait=False):
+                path.unlink()
+
+
+def file_format(path: StrPath) -> str:
+    """Return the format that a suffix stands for, as Pillow names it; InputError for others."""
+    return _format(Path(path))[0]
 
 
 def _format(path: Path) -> tuple[str, dict[str, Any]]:

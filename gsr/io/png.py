@@ -1,79 +1,96 @@
-"""PNG files written row by row, so that a large result never lies in memory as a whole.
+"""PNG files written row by row, in 8 or 16 bits, so that a large result is never in memory whole.
 
-Pillow encodes images that it holds; this is the one format whose files can be as large as what
-`gsr upscale` makes, and whose rows come out in the order that the format wants.
+Pillow encodes images that it holds, and holds colours in 8 bits only.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gsr.io.image import Pixels, atomic_file
-from gsr.io.paths import StrPath
+from gsr.io.image import Pixels
+from gsr.io.source import Metadata
 
 COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and alpha, RGB, RGBA
 
 
-@contextmanager
-def png_writer(
-    path: StrPath, size: tuple[int, int], channels: int, icc: bytes | None = None
-) -> Generator[Callable[[Pixels], None]]:
-    """Yield a function that takes the next rows of an image, uint8 [n, W, channels].
-
-    The file appears when the context is left, whole, or not at all.
+class PngWriter:
+    """Writes the rows of one image into a file.
 
     Args:
-        path: of the file.
+        file: empty, open for writing.
         size: (H, W), pixels.
-        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA), 8 bits each.
-        icc: colour profile.
-
-    Raises:
-        InputError: the file cannot be written.
-        ValueError: rows are missing at the end.
+        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+        dtype: uint8 or uint16.
+        meta: profile, EXIF, XMP, resolution and texts to keep.
 
     Source: Portable Network Graphics (PNG) Specification, W3C, 2nd edition, sections 9 to 11; the
     choice of filters is that of section 12.8.
     """
-    height, width = size
-    packer = zlib.compressobj()
-    above, done = np.zeros(width * channels, np.uint8), 0
-    with atomic_file(path) as file:
 
-        def chunk(name: bytes, data: bytes) -> None:
-            file.write(struct.pack(">I", len(data)) + name + data)
-            file.write(struct.pack(">I", zlib.crc32(name + data)))
-
-        def write(rows: Pixels) -> None:
-            nonlocal above, done
-            lines = np.reshape(np.ascontiguousarray(rows), (len(rows), -1))
-            chunk(b"IDAT", packer.compress(_filtered(lines, above, channels).data))
-            above, done = lines[-1].copy(), done + len(lines)
-
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: tuple[int, int],
+        channels: int,
+        dtype: np.dtype[Any],
+        meta: Metadata,
+    ):
+        self.file, self.height, self.done = file, size[0], 0
+        self.pixel = channels * dtype.itemsize  # bytes
+        self.big = np.dtype(f">u{dtype.itemsize}")
+        self.above = np.zeros(size[1] * self.pixel, np.uint8)
+        self.packer = zlib.compressobj()
         file.write(b"\x89PNG\r\n\x1a\n")
-        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, COLOURS[channels], 0, 0, 0))
-        if icc:
-            chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
-        yield write
-        if done != height:
-            raise ValueError(f"{done} of {height} rows were written")
-        chunk(b"IDAT", packer.flush())
-        chunk(b"IEND", b"")
+        head = struct.pack(
+            ">IIBBBBB", size[1], size[0], 8 * dtype.itemsize, COLOURS[channels], 0, 0, 0
+        )
+        self._chunk(b"IHDR", head)
+        if meta.icc:
+            self._chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(meta.icc))
+        if meta.dpi is not None:
+            x, y = (round(value / 0.0254) for value in meta.dpi)
+            self._chunk(b"pHYs", struct.pack(">IIB", x, y, 1))  # per metre
+        if exif := meta.exif_of(size):
+            self._chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        if meta.xmp:
+            self._chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + meta.xmp)
+        for key, text in meta.text.items():
+            name = key.encode("latin-1", "replace")[:79]
+            self._chunk(b"iTXt", name + bytes(5) + text.encode(errors="replace"))
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Take the next rows [n, W, channels]."""
+        data = np.ascontiguousarray(rows, self.big).tobytes()
+        lines: Pixels = np.reshape(np.frombuffer(data, np.uint8), (len(rows), -1))
+        self._chunk(b"IDAT", self.packer.compress(_filtered(lines, self.above, self.pixel).data))
+        self.above, self.done = lines[-1].copy(), self.done + len(lines)
+
+    def end(self) -> None:
+        """End the file. Raises ValueError if rows are missing."""
+        if self.done != self.height:
+            raise ValueError(f"{self.done} of {self.height} rows were written")
+        self._chunk(b"IDAT", self.packer.flush())
+        self._chunk(b"IEND", b"")
+
+    def _chunk(self, name: bytes, data: bytes) -> None:
+        self.file.write(struct.pack(">I", len(data)) + name + data)
+        self.file.write(struct.pack(">I", zlib.crc32(name + data)))
 
 
-def _filtered(lines: Pixels, above: Pixels, channels: int) -> Pixels:
+def _filtered(lines: Pixels, above: Pixels, pixel: int) -> Pixels:
     """Filter rows [n, W c] below the row `above`: [n, 1 + W c], each behind its filter's number.
+
+    `pixel` is how many bytes c a pixel has.
 
     For each row the filter whose differences are smallest, as signed numbers, in sum.
     """
     b = np.concatenate([above[None], lines[:-1]])
-    a, c = (np.pad(x, ((0, 0), (channels, 0)))[:, : x.shape[1]] for x in (lines, b))
+    a, c = (np.pad(x, ((0, 0), (pixel, 0)))[:, : x.shape[1]] for x in (lines, b))
     near = a.astype(np.int16), b.astype(np.int16), c.astype(np.int16)
     predictions = 0, a, b, ((near[0] + near[1]) >> 1).astype(np.uint8), _paeth(*near)
     out = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)

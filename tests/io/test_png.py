@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from gsr.errors import InputError
-from gsr.io.png import COLOURS, _paeth, png_writer
+from gsr.io.png import COLOURS, _paeth
+from gsr.io.source import Metadata
+from gsr.io.writer import image_writer
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -27,7 +29,7 @@ def pixels(h, w, channels, seed=0):
 @pytest.mark.parametrize("step", [1, 10, 1000])
 def test_pillow_reads_the_same_pixels(tmp_path, channels, size, step):
     array = pixels(*size, channels)
-    with png_writer(tmp_path / "a.png", size, channels) as write:
+    with image_writer(tmp_path / "a.png", size, channels) as write:
         for row in range(0, size[0], step):
             write(array[row : row + step])
     with Image.open(tmp_path / "a.png") as image:
@@ -37,7 +39,7 @@ def test_pillow_reads_the_same_pixels(tmp_path, channels, size, step):
 
 def test_smooth_images_are_packed_as_pillow_packs_them(tmp_path):
     array = pixels(300, 400, 3)[100:]
-    with png_writer(tmp_path / "a.png", (200, 400), 3) as write:
+    with image_writer(tmp_path / "a.png", (200, 400), 3) as write:
         write(array)
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
@@ -45,7 +47,7 @@ def test_smooth_images_are_packed_as_pillow_packs_them(tmp_path):
 
 
 def test_profile_is_kept(tmp_path):
-    with png_writer(tmp_path / "a.png", (1, 2), 3, b"a profile") as write:
+    with image_writer(tmp_path / "a.png", (1, 2), 3, meta=Metadata(b"a profile")) as write:
         write(np.zeros((1, 2, 3), np.uint8))
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["icc_profile"] == b"a profile"
@@ -54,10 +56,10 @@ def test_profile_is_kept(tmp_path):
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), png_writer(path, (2, 2), 3) as write:
+    with pytest.raises(RuntimeError), image_writer(path, (2, 2), 3) as write:
         write(np.zeros((1, 2, 3), np.uint8))
         raise RuntimeError
-    with pytest.raises(ValueError, match="1 of 2 rows"), png_writer(path, (2, 2), 3) as write:
+    with pytest.raises(ValueError, match="1 of 2 rows"), image_writer(path, (2, 2), 3) as write:
         write(np.zeros((1, 2, 3), np.uint8))
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -68,7 +70,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr("gsr.io.png.zlib.crc32", full)  # as the write beside it would
     with pytest.raises(InputError, match=r"a.png cannot be written: No space left"):
-        with png_writer(tmp_path / "a.png", (2, 2), 3) as write:
+        with image_writer(tmp_path / "a.png", (2, 2), 3) as write:
             write(np.zeros((2, 2, 3), np.uint8))
     assert not list(tmp_path.iterdir())
 
