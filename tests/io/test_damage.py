@@ -104,7 +104,7 @@ def test_libtiff_prints_nothing(originals, name, tmp_path):
     argv = ["upscale", str(tmp_path), "-o", str(tmp_path / "out"), "--scale", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "gsr", *argv],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode in (0, 1, 2), done.stderr
     lines = done.stderr.splitlines()
