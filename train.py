@@ -69,9 +69,7 @@ class Loss(nn.Module):
 def train(config: Config, resume: bool = False, progress: bool = True) -> dict[str, float]:
     """Train to the last step; return the metrics of the last validation (of rank 0)."""
     c = config.train
-    micro_batch(
-        config.data.batch, distributed.world_size(), c.accumulate
-    )  # refuses what does not fit
+    micro_batch(config.data.batch, distributed.world_size(), c.accumulate)  # raises if it is uneven
     set_threads(c.threads)
     device = distributed.select_device(c.device)
 
@@ -96,7 +94,7 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
     if c.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema))
         ema.update_parameters(model)  # the first call copies: the mean starts here
-    shown: Any = ema.module if ema else model
+    eval_model: Any = ema.module if ema else model
     parts = {"model": model, "optimizer": optimizer, "ema": ema}
 
     silent = not (progress and run.leads)
@@ -141,11 +139,11 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", waiting=f"{share:.0%}")
                 losses, waited, since = [], 0.0, time.perf_counter()
             if check and run.leads:
-                metrics = run.validate(step, shown, pairs)
+                metrics = run.validate(step, eval_model, pairs)
                 text = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
                 tqdm.write(f"step {step}: {text}", file=sys.stderr)
             if save and run.leads:
-                run.save(step, shown, **parts)
+                run.save(step, eval_model, **parts)
     return metrics
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gsr import parts
 from gsr.config import LossConfig
+from gsr.errors import InputError
 
 LOSSES = {name: f"gsr.losses.{name}" for name in ("l1", "mse", "charbonnier", "fft")}
 
@@ -58,12 +59,13 @@ class WeightedSum(nn.Module):
         dense: whether it takes whole HR patches.
 
     Raises:
-        InputError: a name that cannot be found, or a key that the loss does not take.
+        InputError: a name that cannot be found, a key that the loss does not take, or, when it is
+            called, a loss that gives no number.
     """
 
     def __init__(self, terms: Sequence[LossConfig]):
         super().__init__()
-        self.terms = [(term.weight, *_make(term)) for term in terms]
+        self.terms = [(term, *_make(term)) for term in terms]
         self.dense = any(dense for *_, dense in self.terms)
         self.frozen = nn.ModuleList(
             loss for _, loss, _ in self.terms if isinstance(loss, nn.Module)
@@ -73,11 +75,17 @@ class WeightedSum(nn.Module):
     def forward(self, out: Tensor, target: Tensor) -> Tensor:
         """out and target [B, Q, 3], or [B, 3, H, W] where `dense`."""
         total = out.new_zeros(())
-        for weight, loss, dense in self.terms:
+        for term, loss, dense in self.terms:
             pair = out, target
             if self.dense and not dense:  # all pixels are its queries
                 pair = (x.flatten(2).mT for x in pair)
-            total = total + weight * loss(*pair)
+            value = loss(*pair)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(
+                    f"train.loss: {term.name} gives {given}; it must give a tensor of one number"
+                )
+            total = total + term.weight * value
         return total
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -156,6 +157,10 @@ def make_schedule(config: TrainConfig, total: int, per_epoch: int) -> Callable[[
             )
         keys |= {"every": per_epoch * config.step_epochs, "gamma": config.gamma}
     parts.check_keys(schedule, (0, total), keys, f"train.schedule: {part.name}")
+    if not isinstance(factor := schedule(0, total, **keys), Real):
+        raise InputError(
+            f"train.schedule: {part.name} gives {type(factor).__name__}; it must give a number"
+        )
 
     def learning_rate(step: int, lr: float) -> float:
         warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0

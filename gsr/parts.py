@@ -56,6 +56,8 @@ def check_keys(part: Any, given: Sequence[Any], keys: Mapping[str, Any], key: st
 
     `given` stands for what it is called with besides.
     """
+    if not callable(part):
+        raise InputError(f"{key} is {type(part).__name__}; it must be a class or a function")
     try:
         signature = inspect.signature(part)
     except ValueError:  # some of what is written in C has none

@@ -176,13 +176,13 @@ class Run:
             write_atomic(self.log_file, "".join(f"{row}\n" for row in rows).encode())
         return self.start
 
-    def save(self, step: int, shown: GaussianSR, **parts: Any) -> None:
-        """Write the state of the parts (model, optimizer, ema or None), and `shown` as model/."""
+    def save(self, step: int, eval_model: GaussianSR, **parts: Any) -> None:
+        """Write the state of the parts (model, optimizer, ema or None), and model/."""
         states = {name: part and part.state_dict() for name, part in parts.items()}
         run = {"best": self.best, "bf16_loss": self.bf16_loss, "images": self.images}
         state = {**states, **run, "step": step}
-        shown.bf16_loss = self.bf16_loss
-        save_model(self.folder / "model", shown)
+        eval_model.bf16_loss = self.bf16_loss
+        save_model(self.folder / "model", eval_model)
         packed = io.BytesIO()
         torch.save(state, packed)
         keep = self.config.train.keep
@@ -220,8 +220,8 @@ class Run:
         metrics = validate(model, pairs)
         self.log("val", step, **metrics)
         model.bf16_loss = self.bf16_loss = bf16_loss(model, pairs, metrics)
-        shown = next((pair for pair in pairs if pair[0] == SHOWN_SCALE), pairs[0])
-        show(self.board, model, shown, step)
+        pair = next((pair for pair in pairs if pair[0] == SHOWN_SCALE), pairs[0])
+        show(self.board, model, pair, step)
         if metrics["psnr"] > self.best:
             self.best = metrics["psnr"]
             save_model(self.folder / "best", model)

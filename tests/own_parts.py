@@ -120,6 +120,10 @@ def array(image, rng):
     return np.asarray(image)
 
 
+def silent(a, b):
+    """A schedule or a loss that returns nothing."""
+
+
 def forgets(model, lr):
     torch.optim.Adam(model.parameters(), lr=lr)
 

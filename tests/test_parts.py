@@ -159,6 +159,24 @@ def refused(make):
             lambda: make_schedule(TrainConfig(schedule=ScheduleConfig("step", gamma=0.1)), 3, 1),
             "train.schedule: step cannot take its keys: gamma; set train.step_epochs and train.ga",
         ),
+        (
+            lambda: make_schedule(TrainConfig(schedule=ScheduleConfig(f"{OWN}.silent")), 3, 1),
+            f"train.schedule: {OWN}.silent gives NoneType; it must give a number",
+        ),
+        (
+            lambda: WeightedSum([LossConfig("torch.nn")]),
+            "train.loss: torch.nn is module; it must be a class or a function",
+        ),
+        (
+            lambda: WeightedSum([LossConfig(f"{OWN}.silent")])(torch.ones(1, 2, 3), None),
+            f"train.loss: {OWN}.silent gives NoneType; it must give a tensor of one number",
+        ),
+        (
+            lambda: WeightedSum([LossConfig("torch.nn.L1Loss", reduction="none")])(
+                torch.ones(1, 2, 3), torch.ones(1, 2, 3)
+            ),
+            "torch.nn.L1Loss gives [1, 2, 3]; it must",
+        ),
         (lambda: GaussianSR(own("Plain", dept=1)), "'dept'"),
         (lambda: GaussianSR(own("NoHalo")), f"{OWN}.NoHalo lacks halo"),
         (lambda: GaussianSR(own("function")), "is no class of torch.nn.Module"),

@@ -287,14 +287,14 @@ class PatchDataset(Dataset):
             first = config.train if isinstance(config.train, str) else next(iter(config.train))
             folder = Path(config.cache_dir or Path(first) / CACHE_DIR)
             self.mapped = MappedImages(folder, paths[:cached])
-        place, places = distributed.local_rank()
+        rank, ranks = distributed.local_rank()
         for i, path in enumerate(paths):
             if kind == "memory" and i < cached:  # each process has its own
                 self.memory[i] = read_image(path)
-            if i in self.memory or i % places == place:
+            if i in self.memory or i % ranks == rank:
                 self._image(i)
         distributed.agree()  # from here on all images are known to be good, and all files there
-        if self.mapped and place == 0:
+        if self.mapped and rank == 0:
             self.mapped.remove_outdated()
 
     def _image(self, i: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:

@@ -445,8 +445,8 @@ def _costs(model: GaussianSR) -> tuple[float, float]:
     encode = sum(weight.numel() for weight in model.encoder.parameters())
     config = model.config
     if config.mode == "direct":
-        # A weight of the compiled splat, with its share of the bicubic base, took as long as 70
-        # multiply-adds of a convolution (measured on a CPU).
+        # A weight of the compiled splat, with its share of the bicubic upsampling, took as long as
+        # 70 multiply-adds of a convolution (measured on a CPU).
         return encode, 70.0 * config.direct.gaussians * (2 * config.direct.radius + 1) ** 2
     return encode, sum(weight.numel() for weight in model.head.parameters())
 

@@ -8,7 +8,13 @@ A mode is a head, a module with
     query(encoded, size, coord, scale)                         chosen points
     rows_needed(rows, *, lr_size, size, scale)                 what `render` needs for some rows
 
-as the methods of `GaussianSR` describe them. `direct`, `field` and `official` splat; `liif`, `lte`
+as the methods of `GaussianSR` describe them. It may have
+
+    shared(gaussians)      what `render` needs of the whole image, made before the first strip
+    decoder                with a method `rgb`, which `GaussianSR.compile` compiles
+    floats                 numbers for each LR pixel that `encode` gives, where they are many
+
+`direct`, `field` and `official` splat; `liif`, `lte`
 and `bicubic` are what they are compared with. A head or encoder of one's own is named by its import
 path in the config: docs/extend.md.
 """
