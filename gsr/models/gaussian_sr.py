@@ -14,9 +14,8 @@ as the methods of `GaussianSR` describe them. It may have
     decoder                with a method `rgb`, which `GaussianSR.compile` compiles
     floats                 numbers for each LR pixel that `encode` gives, where they are many
 
-`direct`, `field` and `official` splat; `liif`, `lte`
-and `bicubic` are what they are compared with. A head or encoder of one's own is named by its import
-path in the config: docs/extend.md.
+`direct`, `field` and `official` splat; `liif`, `lte` and `bicubic` are what they are compared with.
+A head or encoder of one's own is named by its import path in the config: docs/extend.md.
 """
 
 from __future__ import annotations
