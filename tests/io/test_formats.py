@@ -1,0 +1,75 @@
+"""The table of docs/upscale.md, made by trying what it says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, features
+
+from gsr.io.image import WRITE_FORMATS, file_format, open_file
+from gsr.io.source import Metadata, Source, read_source
+from gsr.io.writer import depth_in, image_writer
+
+PAGE = Path(__file__).parents[2] / "docs" / "upscale.md"
+HEAD = ["written as", "bits a channel", "alpha", "profile", "EXIF", "XMP", "by strips"]
+SIZE = (1200, 400)
+
+
+def source(channels, kind):
+    values = np.random.default_rng(0).random((*SIZE, channels))
+    top = 1 if kind == "f4" else np.iinfo(kind).max
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    return (values * top).astype(kind), Metadata(profile, exif, b"<x:xmpmeta/>")
+
+
+def write(path, values, meta):
+    """Write in two halves; returns the bytes on disk before the second."""
+    with image_writer(path, SIZE, values.shape[2], values.dtype, meta) as rows:
+        rows(values[:1100])
+        (temporary,) = path.parent.glob(f".{path.name}.*")
+        before = temporary.stat().st_size
+        rows(values[1100:])
+    return before
+
+
+def read(path) -> Source:
+    with open_file(path) as file:
+        return read_source(file)
+
+
+def row(folder, suffix):
+    """Try a format: one row of the table."""
+    path = folder / f"a{suffix}"
+    kind, bits = file_format(path), []
+    for name, text in (("u1", "8"), ("u2", "16"), ("f4", "float")):
+        if depth_in(kind, np.dtype(name)) == np.dtype(name):
+            values, meta = source(1, name)
+            write(path, values, meta)
+            back = read(path)
+            assert back.colour.dtype == np.dtype(name)
+            if kind not in ("JPEG", "WEBP", "AVIF"):
+                assert np.array_equal(back.colour[..., :1], values)
+            bits.append(text)
+    values, meta = source(4, "u1")
+    before = write(path, values, meta)
+    back = read(path)
+    yes = [
+        back.alpha is not None,
+        back.meta.icc == meta.icc,
+        back.meta.exif is not None and back.meta.exif[0x010F] == "Maker",
+        back.meta.xmp is not None and back.meta.xmp.rstrip(b"\0") == meta.xmp,
+        before > 100_000,
+    ]
+    suffixes = ", ".join(s for s, (name, _) in WRITE_FORMATS.items() if name == kind)
+    return [suffixes, ", ".join(bits), *("yes" if x else "no" for x in yes)]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
+def test_the_table_of_formats(tmp_path):
+    names = dict.fromkeys(file_format(f"a{suffix}") for suffix in WRITE_FORMATS)
+    first = {name: next(s for s in WRITE_FORMATS if file_format(f"a{s}") == name) for name in names}
+    rows = [HEAD, ["---"] * len(HEAD), *(row(tmp_path, first[name]) for name in names)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    assert table in PAGE.read_text(encoding="utf-8"), f"docs/upscale.md lacks\n{table}"
