@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint | docs | clean
+# make setup | demo | test | test-slow | tritons | lint | docs | clean
 # PYTHON=python3.12        the Python that the environment is made with, 3.10 or newer
 # TORCH_INDEX=URL          one more pip index, such as PyTorch's own for its CPU-only builds
 
@@ -6,9 +6,11 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN = $(VENV)/bin
+# Of each minor version that a PyTorch from 2.7 on requires, one; from 0.6 to 0.7 GB a version.
+TRITONS ?= 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0
 STAMP = $(VENV)/.setup-done
 
-.PHONY: setup demo test test-slow lint docs clean
+.PHONY: setup demo test test-slow tritons lint docs clean
 
 setup: $(STAMP)
 
@@ -29,6 +31,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# For `python -m bench static --triton` and the slow test of it. Up to 3.6 Triton's interpreter
+# does not go with NumPy 2.4.
+tritons: setup
+	for version in $(TRITONS); do \
+	    case $$version in 3.[3456].*) numpy='numpy<2.4' ;; *) numpy= ;; esac; \
+	    test -d build/triton/$$version/triton || $(BIN)/python -m pip install --quiet \
+	        --disable-pip-version-check --no-deps --target build/triton/$$version \
+	        triton==$$version $$numpy || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt

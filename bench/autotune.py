@@ -35,7 +35,7 @@ def candidates(kind: str, scale: int, warp: int = 32) -> list[dict]:
     """All configurations of a kind worth compiling for cells of scale x scale pixels."""
     sides = [n for n in (1, 2, 4, 8) if n <= scale]
     if kind == "backward":
-        blocks = [{"PX": px} for px in sides if px <= 4]
+        blocks = [{}]
     else:
         blocks = [{"PY": py, "PX": px} for py in sides for px in sides if py * px <= 16]
     # Cells and warps: one cell a lane in one, two or four warps, or two cells a lane.

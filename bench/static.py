@@ -2,6 +2,7 @@
 
     python -m bench static                                    # everything; minutes, then cached
     python -m bench static --arch sm_90 --output static.json
+    python -m bench static --triton 3.4.0 3.6.0 3.7.1         # each from build/triton: make tritons
 
 Registers, spills, shared memory and the instructions of a loop are facts about the machine code.
 The times are a model, not a measurement: warp instructions counted in that code, times how often
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from bench.cost import Shape
 from gsr.errors import InputError
 from gsr.kernels import configs, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
 
+ROOT = Path(__file__).resolve().parents[1]
+TRITONS = ROOT / "build" / "triton"  # a folder a version
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -51,13 +56,14 @@ class Use:
 
     def constants(self) -> dict:
         return {
-            "K": self.K, "C": self.C, "CP": triton.next_power_of_2(self.C), "R": self.R,
+            "K": self.K, "C": self.C, "R": self.R,
             "NORMALIZE": True, "HAS_OFFSET": self.offset,
         }  # fmt: skip
 
 
 USES = [
     Use("direct", K=4, C=3, R=1, offset=True),
+    Use("lite", K=9, C=3, R=1, offset=True),  # the bundled model
     Use("direct5", K=4, C=3, R=2, offset=True),
     Use("field", K=1, C=8, R=3, offset=False),
 ]
@@ -404,7 +410,7 @@ def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -
         inside, outside = 1 + (window - 1) / window, cx
     else:
         programs = s.b * s.K * s.h * cells
-        trips = [window * s.H / s.h, window, -(-cx // constants["PX"])]
+        trips = [window * s.H / s.h, window * cx]
         inside = outside = cx
     total = Counter()
 
@@ -659,7 +665,9 @@ def block_text(config: dict) -> str:
 def summary(rows: list[dict]) -> str:
     """Tables of what the models use at x4: all targets in a row, and the model."""
     kinds = ("forward", "prepare", "backward")
-    order = [f"{u} {p}{k}" for u in ("direct", "field") for p in ("", "points ") for k in kinds]
+    order = [
+        f"{u} {p}{k}" for u in ("lite", "direct", "field") for p in ("", "points ") for k in kinds
+    ]
     products = ("forward", "backward features", "backward weights")
     order += [f"official {kind}" for kind in ("weights", *products)]
     chosen = [
@@ -704,6 +712,94 @@ def _fit(r: dict) -> str:
     return f"{r['resources']['registers']} ({r['occupancy']})"
 
 
+# ---- other versions of Triton -------------------------------------------------------------------
+
+
+def triton_environment(version: str) -> dict[str, str]:
+    """What a process needs in its environment to import this version of Triton.
+
+    Raises:
+        InputError: it is not installed in `TRITONS`.
+    """
+    home = TRITONS / version
+    if not (home / "triton").is_dir():
+        raise InputError(
+            f"there is no Triton {version} in {home}: make tritons TRITONS={version} installs it"
+        )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)])}
+
+
+def triton_rows(version: str, arches: list[str]) -> list[dict]:
+    """`compiled_rows` of a process of its own with this version of Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, linker = Path(folder) / "static.json", Path(folder) / "ld.lld"
+        # Up to 3.4 Triton calls ROCm's linker when the machine code is there. Nothing will run it,
+        # so that without ROCm a copy is enough.
+        linker.write_text('#!/bin/sh\nwhile [ "$2" != -o ]; do shift; done; cp "$1" "$3"\n')
+        linker.chmod(0o755)
+        environment = {"TRITON_HIP_LLD_PATH": str(linker), **triton_environment(version)}
+        command = [sys.executable, "-m", "bench", "static", "--no-model", "--output", str(report)]
+        subprocess.run(
+            [*command, "--arch", *arches], cwd=ROOT, env=environment, check=True,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        found = schema.load(report)
+    if found["versions"]["triton"].partition("+")[0] != version:
+        raise InputError(f"{TRITONS / version} holds Triton {found['versions']['triton']}")
+    return found["rows"]
+
+
+def spilling(rows: list[dict]) -> list[dict]:
+    """Those of `compiled_rows` that keep anything on the stack."""
+    return [r for r in rows if r["resources"]["spills"] or r["resources"]["stack"]]
+
+
+def version_table(rows: dict[str, list[dict]]) -> list[str]:
+    """Lines of a Markdown table from rows by version: spills, and what `lite` takes at x4."""
+    kinds = ("forward", "prepare", "backward")
+    lines = [
+        "| triton | target | configurations | spill | "
+        + " | ".join(f"{kind}: loop, registers" for kind in kinds)
+        + " |",
+        "|---" * (4 + len(kinds)) + "|",
+    ]
+    for version, found in rows.items():
+        for arch in TARGETS:
+            here = [r for r in found if r["provider"] == arch]
+            if not here:
+                continue
+            cells = [version, arch, str(len(here)), str(len(spilling(here)))]
+            for kind in kinds:
+                r = next(
+                    r
+                    for r in here
+                    if r["case"] == f"lite {kind}" and r["config"] == _at_scale(kind, r)
+                )
+                cells.append(f"{r['loop'].get('all', '')}, {r['resources']['registers']}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def compare_versions(versions: list[str], arches: list[str], page: Path | None) -> None:
+    """Print, and with `page` write there, what each version makes of what is shipped.
+
+    Raises:
+        InputError: a configuration spills.
+    """
+    for version in versions:
+        triton_environment(version)  # before minutes are spent
+    rows = {version: triton_rows(version, arches) for version in versions}
+    table = version_table(rows)
+    print(*table, sep="\n")
+    if page:
+        document.put(page, "tritons", "\n".join(table))
+    for version, found in rows.items():
+        for r in spilling(found):
+            print(version, r["provider"], r["case"], r["config"], r["resources"])
+    if count := sum(len(spilling(found)) for found in rows.values()):
+        raise InputError(f"{count} configurations spill")
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench static", description=NOTE)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -712,11 +808,17 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--document", metavar="FILE", type=Path, help="Markdown file whose tables to make anew"
     )
+    parser.add_argument(
+        "--triton", nargs="+", metavar="VERSION",
+        help="compile with each of these, from build/triton/VERSION, and print a table of them",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if not hasattr(splat.splat_forward, "cache_key"):
         raise InputError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
-    if args.document:
-        document.read(args.document, "static")  # before minutes are spent
+    if args.document:  # before minutes are spent
+        document.read(args.document, "tritons" if args.triton else "static")
+    if args.triton:
+        return compare_versions(args.triton, args.arch, args.document)
     rows = [r for arch in args.arch for r in compiled_rows(arch)]
     rows += [] if args.no_model else model_rows()
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")

@@ -2,10 +2,10 @@
 
 A cell is the HR pixels nearest to one LR pixel; its size along an axis falls into the bucket 1, 2,
 4 (3 or 4) or 8 (5 and more). The tables were chosen from what the compiler says of each candidate
-(`python -m bench static`, `python -m bench.autotune`): no spills, and the least modelled time on
-sm_80 and sm_90 together. No GPU has measured them. Nothing is tuned when a kernel is called: what
-`python -m bench.autotune` has found on a machine counts only with GSR_AUTOTUNE=1, or with GSR_TUNED
-naming its file.
+(`python -m bench static`, `python -m bench.autotune`): no spills with any Triton from 3.3 on, and
+the least modelled time on sm_80 and sm_90 together. No GPU has measured them. Nothing is tuned when
+a kernel is called: what `python -m bench.autotune` has found on a machine counts only with
+GSR_AUTOTUNE=1, or with GSR_TUNED naming its file.
 """
 
 from __future__ import annotations
@@ -62,22 +62,11 @@ FORWARD = {
 }
 
 # The same kernel as the first pass of backward holds the incoming gradient as well; 4x4 would spill
-# with 16-bit storage, 8x1 with 8 channels, and 4x2 where positions take 64 bits.
+# with 16-bit storage, and 8x1 with 8 channels.
 PIXELS_8_LOW = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "4x1 4x1 4x1 4x1")
 PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8_LOW}}
-PREPARE_WIDE = {"default": {4: PIXELS_4, 8: PIXELS_4}}
-
-# Backward: PX pixels of a cell's row at a time. Each of them after the first goes to other lanes
-# and comes back by shuffles and barriers in the innermost loop, which costs more than it saves.
-BACKWARD = {"default": 1}
-
-POINTS = {
-    "default": {
-        "forward": {"BLOCK": 128, "num_warps": 4},
-        "backward": {"CELLS": 64, "num_warps": 2},  # in one warp, 8 channels spill on sm_80
-    },
-    "gfx942": {"backward": {"CELLS": 64, "num_warps": 1}},
-}
+# Where positions take 64 bits, in images of more than about 30,000 pixels, both passes hold less.
+WIDE = {"default": {4: PIXELS_4, 8: PIXELS_4}}
 
 # Pixels of a window and columns (windows of a channel of an image) of a program of the products.
 # Larger blocks of the backward kernels, which hold two operands and a sum, spill.
@@ -115,17 +104,17 @@ def choose_splat(
     config = {"CELLS": _of(CELLS, arch), "num_warps": 1}
     channels = channel_bucket(channels)
     if kind == "backward":
-        return {"PX": _of(BACKWARD, arch), **config}
-    table = FORWARD
-    if kind == "prepare":
-        table = PREPARE_WIDE if wide else PREPARE
+        return config  # one pixel of a thread's at a time
+    table = WIDE if wide else {"forward": FORWARD, "prepare": PREPARE}[kind]
     py, px = _of(table, arch, channels, (bucket(cell[0]), bucket(cell[1]))) or (1, 1)
     return {"PY": py, "PX": px, **config}
 
 
 def choose_points(kind: str, arch: str) -> Config:
     """The shipped configuration of a kernel for points."""
-    return dict(_of(POINTS, arch, kind))
+    # Of more warps, some Tritons make code that fits 32 registers, and spills.
+    name = {"forward": "BLOCK", "backward": "CELLS"}[kind]
+    return {name: _of(CELLS, arch), "num_warps": 1}
 
 
 def choose_windows(kind: str, arch: str) -> Config:

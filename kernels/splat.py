@@ -92,9 +92,16 @@ def _conic(sy, sx, r):
 
 
 @triton.jit
+def _exponent(sy, sx, r):
+    """The conic of -q / 2 for the hardware's base 2: times -log2(e) / 2."""
+    a, b, c = _conic(sy, sx, r)
+    return -0.7213475204444817 * a, -0.7213475204444817 * b, -0.7213475204444817 * c
+
+
+@triton.jit
 def _falloff(a, b, c, dy, dx):
-    """exp(-q / 2), by the hardware's base 2: the factor is -log2(e) / 2."""
-    return tl.exp2(-0.7213475204444817 * (dy * (a * dy + b * dx) + c * dx * dx))
+    """exp(-q / 2). What holds dy alone comes first: the pixels of a row of a cell share it."""
+    return tl.exp2(a * dy * dy + dx * (b * dy + c * dx))
 
 
 @triton.jit
@@ -129,7 +136,7 @@ def _write_gradients(
 def splat_forward(
     values, sigma, rho, opacity, offset, grad, out,
     h, w, big_h, big_w, top, held, row0, rows, i0, lines, blocks_y, blocks_x, eps,
-    K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
     WIDE: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -148,18 +155,21 @@ def splat_forward(
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
     pixel = tl.arange(0, PY * PX)
-    y = _start(i, h, big_h) + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
-    x = _start(wide, w, big_w)[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
-    inside = (y < _start(i + 1, h, big_h)) & (y >= row0) & (y < row0 + rows)
-    inside = inside[:, None] & (x < _start(wide + 1, w, big_w)[None, :]) & (j < w)[None, :]
-    fy = _place(y, i, h, big_h)[:, None]
-    fx = _place(x, wide[None, :], w, big_w)
-    x = x.to(tl.int32)
+    y_start, y_stop = _start(i, h, big_h).to(tl.int32), _start(i + 1, h, big_h).to(tl.int32)
+    x_start = _start(wide, w, big_w).to(tl.int32)
+    x_stop = _start(wide + 1, w, big_w).to(tl.int32)
+    y = y_start + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
+    x = x_start[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
+    inside = (y < y_stop) & (y >= row0) & (y < row0 + rows)
+    inside = inside[:, None] & (x < x_stop[None, :]) & (j < w)[None, :]
+    fy = _place(y.to(h.dtype), i, h, big_h)[:, None]
+    fx = _place(x.to(w.dtype), wide[None, :], w, big_w)
 
-    channel = tl.arange(0, CP)
     zeros = tl.zeros([CELLS], h.dtype)  # the interpreter cannot combine scalar masks with blocks
     total = tl.zeros([PY * PX, CELLS], tl.float32)
-    acc = tl.zeros([CP, PY * PX, CELLS], tl.float32)
+    acc = ()  # [pixels, cells] of each channel
+    for _ in tl.static_range(C):
+        acc = acc + (tl.zeros([PY * PX, CELLS], tl.float32),)
     for n in range((2 * R + 1) * (2 * R + 1)):
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         ii, jj = zeros + i + di, j + dj
@@ -172,44 +182,44 @@ def splat_forward(
             sy, sx, r, alpha, oy, ox = _gaussian(
                 sigma, rho, opacity, offset, g, plane, row, jj, exists, HAS_OFFSET
             )
-            ca, cb, cc = _conic(sy, sx, r)
-            v = tl.load(
-                values + ((g * C + channel) * plane + row)[:, None] + jj[None, :],
-                exists[None, :] & (channel < C)[:, None],
-                other=0.0,
-            ).to(tl.float32)
+            a2, b2, c2 = _exponent(sy, sx, r)
             dy, dx = fy - (oy + di)[None, :], fx - (ox + dj)[None, :]
-            weight = alpha[None, :] * _falloff(ca[None, :], cb[None, :], cc[None, :], dy, dx)
-            total += weight
-            acc += weight[None, :, :] * v[:, None, :]
+            e = _falloff(a2[None, :], b2[None, :], c2[None, :], dy, dx)
+            # The opacity goes with what is multiplied by the falloff anyway.
+            total += alpha[None, :] * e
+            sums = ()
+            for c in tl.static_range(C):
+                at = values + ((g * C + c) * plane + row) + jj
+                v = alpha * tl.load(at, exists, other=0.0).to(tl.float32)
+                sums = sums + (acc[c] + v[None, :] * e,)
+            acc = sums
 
     line = (y - row0).to(tl.int64) * big_w
-    mask = inside[None, :, :] & (channel < C)[:, None, None]
+    at = line[:, None] + x
     if NORMALIZE:
         share = 1.0 / (total + eps)
-        acc = acc * share[None, :, :]
     if PREPARE:
         # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
         # sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
-        place = ((b * C + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
-        scaled = tl.load(grad + place, mask, other=0.0).to(tl.float32) * share[None, :, :]
-        s = tl.sum(scaled * acc, axis=0)
-        plane_0 = b * (C + 1)
-        place = ((plane_0 + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
-        tl.store(out + place, scaled, mask)
-        tl.store(out + ((plane_0 + C) * size + line)[:, None] + x, s, inside)
+        s = tl.zeros([PY * PX, CELLS], tl.float32)
+        for c in tl.static_range(C):
+            scaled = tl.load(grad + (b * C + c) * size + at, inside, other=0.0).to(tl.float32)
+            scaled = scaled * share
+            s += scaled * (acc[c] * share)
+            tl.store(out + (b * (C + 1) + c) * size + at, scaled, inside)
+        tl.store(out + (b * (C + 1) + C) * size + at, s, inside)
     else:
-        place = ((b * C + channel)[:, None] * size + line[None, :])[:, :, None] + x[None, :, :]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask)
+        for c in tl.static_range(C):
+            value = acc[c] * share if NORMALIZE else acc[c]
+            tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def splat_backward(
     grad, values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w, big_h, big_w, top, held, row0, rows, max_x,
-    K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    WIDE: tl.constexpr, PX: tl.constexpr, CELLS: tl.constexpr,
+    h, w, big_h, big_w, top, held, row0, rows,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, WIDE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the Gaussians, each summed by the thread that owns its LR pixel.
 
@@ -227,58 +237,55 @@ def splat_backward(
     j = block * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
     own = j < w
-    channel, pixel = tl.arange(0, CP), tl.arange(0, PX)
     sy, sx, r, alpha, oy, ox = _gaussian(
         sigma, rho, opacity, offset, g, plane, row, j, own, HAS_OFFSET
     )
-    ca, cb, cc = _conic(sy, sx, r)
-    v_mask = own[None, :] & (channel < C)[:, None]
-    v_at = ((g * C + channel) * plane + row)[:, None] + j[None, :]
-    v = tl.load(values + v_at, v_mask, other=0.0).to(tl.float32)
+    a2, b2, c2 = _exponent(sy, sx, r)
 
     # Sums: gradients of the values and the opacity, and the moments of dL/dq (dy^2, dy dx, ...),
     # from which those of sigma, rho and offset follow at the end.
-    dv = tl.zeros([CP, CELLS], tl.float32)
     d_alpha = tl.zeros([CELLS], tl.float32)
     myy, myx, mxx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
     my, mx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
-    start = tl.maximum(_start(tl.maximum(i - R, 0), h, big_h), row0)
-    stop = tl.minimum(_start(tl.minimum(i + R + 1, h), h, big_h), row0 + rows)
-    for y in range(start, stop):
+    v, dv = (), ()  # [cells] of each channel
+    for c in tl.static_range(C):
+        at = (g * C + c) * plane + row + j
+        v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
+        dv = dv + (tl.zeros([CELLS], tl.float32),)
+    # The HR pixels of the cells within R are one run of rows and one of columns.
+    y_start = tl.maximum(_start(tl.maximum(i - R, 0), h, big_h), row0)
+    y_stop = tl.minimum(_start(tl.minimum(i + R + 1, h), h, big_h), row0 + rows)
+    x_start = _start(tl.maximum(wide - R, 0), w, big_w).to(tl.int32)
+    x_stop = _start(tl.minimum(wide + R + 1, w), w, big_w).to(tl.int32)
+    size = big_w.to(tl.int64) * rows
+    for y in range(y_start, y_stop):
         dy = _place(y, i, h, big_h) - oy
-        line = ((g // K * planes + channel) * rows + (y - row0)) * big_w
-        for dj in range(-R, R + 1):
-            jj = wide + dj
-            exists = (jj >= 0) & (jj < w)
-            x_start, x_stop = _start(jj, w, big_w), _start(jj + 1, w, big_w)
-            for cx in range(0, max_x, PX):
-                x = x_start[None, :] + (cx + pixel)[:, None]
-                inside = (x < x_stop[None, :]) & exists[None, :]
-                dx = _place(x, wide[None, :], w, big_w) - ox[None, :]
-                x = x.to(tl.int32)
-                scaled = tl.load(
-                    grad + line[:, None, None] + x[None, :, :],
-                    inside[None, :, :] & (channel < C)[:, None, None],
-                    other=0.0,
-                ).to(tl.float32)
-                d_weight = tl.sum(scaled * v[:, None, :], axis=0)
-                if NORMALIZE:
-                    line_s = ((g // K * planes + C) * rows + (y - row0)) * big_w
-                    d_weight -= tl.load(grad + line_s + x, inside, other=0.0)
-                e = _falloff(ca[None, :], cb[None, :], cc[None, :], dy[None, :], dx)
-                weight = alpha[None, :] * e
-                dv += tl.sum(scaled * weight[None, :, :], axis=1)
-                d_alpha += tl.sum(e * d_weight, axis=0)
-                dq = -0.5 * weight * d_weight
-                sum_q = tl.sum(dq, axis=0)
-                sum_x = tl.sum(dq * dx, axis=0)
-                myy += sum_q * dy * dy
-                my += sum_q * dy
-                myx += sum_x * dy
-                mx += sum_x
-                mxx += tl.sum(dq * dx * dx, axis=0)
+        line = g // K * planes * size + (y - row0).to(tl.int64) * big_w
+        for t in range(tl.max(x_stop - x_start, axis=0)):  # pyright: ignore[reportArgumentType]
+            x = x_start + t
+            inside = x < x_stop
+            dx = _place(x.to(w.dtype), wide, w, big_w) - ox
+            e = _falloff(a2, b2, c2, dy, dx)
+            weight = alpha * e
+            d_weight = tl.zeros_like(e)
+            if NORMALIZE:
+                d_weight -= tl.load(grad + line + C * size + x, inside, other=0.0)
+            sums = ()
+            for c in tl.static_range(C):
+                scaled = tl.load(grad + line + c * size + x, inside, other=0.0).to(tl.float32)
+                d_weight += scaled * v[c]
+                sums = sums + (dv[c] + scaled * weight,)
+            dv = sums
+            d_alpha += e * d_weight
+            dq = -0.5 * weight * d_weight
+            myy += dq * dy * dy
+            myx += dq * dy * dx
+            mxx += dq * dx * dx
+            my += dq * dy
+            mx += dq * dx
 
-    tl.store(d_values + v_at, dv, v_mask)
+    for c in tl.static_range(C):
+        tl.store(d_values + (g * C + c) * plane + row + j, dv[c], own)
     _write_gradients(
         d_sigma, d_rho, d_opacity, d_offset, g, plane, row, j, own,
         sy, sx, r, d_alpha, myy, myx, mxx, my, mx, HAS_OFFSET,
@@ -298,7 +305,7 @@ def _nearest(p, n):
 def points_forward(
     values, sigma, rho, opacity, offset, points, grad, out,
     h, w, queries, eps,
-    K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -315,9 +322,10 @@ def points_forward(
     fy, fx = (y - ny).to(tl.float32), (x - nx).to(tl.float32)
     i, j = ny.to(tl.int64), nx.to(tl.int64)
 
-    channel = tl.arange(0, CP)
     total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([CP, BLOCK], tl.float32)
+    acc = ()
+    for _ in tl.static_range(C):
+        acc = acc + (tl.zeros([BLOCK], tl.float32),)
     for n in range((2 * R + 1) * (2 * R + 1)):
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         exists = (i + di >= 0) & (i + di < h) & (j + dj >= 0) & (j + dj < w) & real
@@ -327,29 +335,29 @@ def points_forward(
             sy, sx, r, alpha, oy, ox = _gaussian(
                 sigma, rho, opacity, offset, g, plane, 0, at, exists, HAS_OFFSET
             )
-            ca, cb, cc = _conic(sy, sx, r)
-            v = tl.load(
-                values + (g * C + channel[:, None]) * plane + at[None, :],
-                exists[None, :] & (channel < C)[:, None],
-                other=0.0,
-            ).to(tl.float32)
-            weight = alpha * _falloff(ca, cb, cc, fy - (oy + di), fx - (ox + dj))
+            a2, b2, c2 = _exponent(sy, sx, r)
+            weight = alpha * _falloff(a2, b2, c2, fy - (oy + di), fx - (ox + dj))
             total += weight
-            acc += weight[None, :] * v
+            sums = ()
+            for c in tl.static_range(C):
+                v = tl.load(values + (g * C + c) * plane + at, exists, other=0.0).to(tl.float32)
+                sums = sums + (acc[c] + weight * v,)
+            acc = sums
 
-    mask = real[None, :] & (channel < C)[:, None]
     if NORMALIZE:
         share = 1.0 / (total + eps)
-        acc = acc * share[None, :]
-    place = (b * queries + q)[None, :] * C + channel[:, None]
+    place = b * queries + q
     if PREPARE:
-        scaled = tl.load(grad + place, mask, other=0.0).to(tl.float32) * share[None, :]
-        s = tl.sum(scaled * acc, axis=0)
-        place = (b * queries + q) * (C + 1)
-        tl.store(out + place[None, :] + channel[:, None], scaled, mask)
-        tl.store(out + place + C, s, real)
+        s = tl.zeros([BLOCK], tl.float32)
+        for c in tl.static_range(C):
+            scaled = tl.load(grad + place * C + c, real, other=0.0).to(tl.float32) * share
+            s += scaled * (acc[c] * share)
+            tl.store(out + place * (C + 1) + c, scaled, real)
+        tl.store(out + place * (C + 1) + C, s, real)
     else:
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask)
+        for c in tl.static_range(C):
+            value = acc[c] * share if NORMALIZE else acc[c]
+            tl.store(out + place * C + c, value.to(out.dtype.element_ty), real)
 
 
 @triton.jit(do_not_specialize=SIZES[:2])
@@ -357,7 +365,7 @@ def points_backward(
     grad, points, order, starts,
     values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
     h, w,
-    K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """As `splat_backward`; the points of cell n of all images are order[starts[n]:starts[n + 1]].
@@ -371,17 +379,17 @@ def points_backward(
     planes: tl.constexpr = C + 1 if NORMALIZE else C
     j = block.to(tl.int64) * CELLS + tl.arange(0, CELLS)
     own, row = j < w, i * w
-    channel = tl.arange(0, CP)
     sy, sx, r, alpha, oy, ox = _gaussian(
         sigma, rho, opacity, offset, g, plane, row, j, own, HAS_OFFSET
     )
-    ca, cb, cc = _conic(sy, sx, r)
-    v_mask = own[None, :] & (channel < C)[:, None]
-    v_at = ((g * C + channel) * plane + row)[:, None] + j[None, :]
-    v = tl.load(values + v_at, v_mask, other=0.0).to(tl.float32)
+    a2, b2, c2 = _exponent(sy, sx, r)
+    v, dv = (), ()
+    for c in tl.static_range(C):
+        at = (g * C + c) * plane + row + j
+        v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
+        dv = dv + (tl.zeros([CELLS], tl.float32),)
 
     zeros = tl.zeros([CELLS], tl.int64)  # see splat_forward
-    dv = tl.zeros([CP, CELLS], tl.float32)
     d_alpha = tl.zeros([CELLS], tl.float32)
     myy, myx, mxx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
     my, mx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
@@ -398,19 +406,19 @@ def points_backward(
             q = tl.load(order + start + t, real, other=0)
             y = tl.load(points + 2 * q, real, other=0.0)
             x = tl.load(points + 2 * q + 1, real, other=0.0)
-            scaled = tl.load(
-                grad + q[None, :] * planes + channel[:, None],
-                real[None, :] & (channel < C)[:, None],
-                other=0.0,
-            ).to(tl.float32)
-            d_weight = tl.sum(scaled * v, axis=0)
-            if NORMALIZE:
-                d_weight -= tl.load(grad + q * planes + C, real, other=0.0)
             dy = (y - ii.to(y.dtype)).to(tl.float32) + di - oy
             dx = (x - jj.to(x.dtype)).to(tl.float32) + dj - ox
-            e = tl.where(real, _falloff(ca, cb, cc, dy, dx), 0.0)
+            e = tl.where(real, _falloff(a2, b2, c2, dy, dx), 0.0)
             weight = alpha * e
-            dv += scaled * weight[None, :]
+            d_weight = tl.zeros_like(e)
+            if NORMALIZE:
+                d_weight -= tl.load(grad + q * planes + C, real, other=0.0)
+            sums = ()
+            for c in tl.static_range(C):
+                scaled = tl.load(grad + q * planes + c, real, other=0.0).to(tl.float32)
+                d_weight += scaled * v[c]
+                sums = sums + (dv[c] + scaled * weight,)
+            dv = sums
             d_alpha += e * d_weight
             dq = -0.5 * weight * d_weight
             myy += dq * dy * dy
@@ -419,7 +427,8 @@ def points_backward(
             my += dq * dy
             mx += dq * dx
 
-    tl.store(d_values + v_at, dv, v_mask)
+    for c in tl.static_range(C):
+        tl.store(d_values + (g * C + c) * plane + row + j, dv[c], own)
     _write_gradients(
         d_sigma, d_rho, d_opacity, d_offset, g, plane, row, j, own,
         sy, sx, r, d_alpha, myy, myx, mxx, my, mx, HAS_OFFSET,
@@ -449,7 +458,7 @@ def _constants(gaussians: Gaussians, weighting: Weighting) -> dict[str, Any]:
     """What all kernels are compiled for."""
     _, k, c, _, _ = gaussians.values.shape
     return {
-        "K": k, "C": c, "CP": triton.next_power_of_2(c), "R": weighting.radius,
+        "K": k, "C": c, "R": weighting.radius,
         "NORMALIZE": weighting.normalize, "HAS_OFFSET": gaussians.offset is not None,
     }  # fmt: skip
 
@@ -512,7 +521,7 @@ def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighti
     launch(
         splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
         grad, *_pointers(gaussians), *_pointers(gradients),
-        h, w, big_h, big_w, top, held, start, stop - start, cell[1],
+        h, w, big_h, big_w, top, held, start, stop - start,
         WIDE=wide, **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients

@@ -105,7 +105,7 @@ def run(kernels=None) -> dict[str, float]:
         inputs = [far(*pair) for pair in zip(INPUTS, corner, strict=True)]
         gradients = [holes(f"d_{name}", *t.shape) for name, t in zip(INPUTS, inputs, strict=True)]
         shared = {
-            "K": K, "C": C, "CP": 4, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
+            "K": K, "C": C, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
         }  # fmt: skip
         block, across = SIDE // CELLS, -(-SIDE // CELLS)
         backward = ((B * K - 1) * SIDE + SIDE - 1) * across + block
@@ -142,8 +142,8 @@ def run(kernels=None) -> dict[str, float]:
         out_prepared[-1, :, -HR_ROWS:, -HR_COLUMNS:] = prepared[-1]
         with program(backward):
             kernels.splat_backward[(1, 1, 1)](
-                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR, 2,
-                WIDE=wide, PX=2, CELLS=CELLS, **shared,
+                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR,
+                WIDE=wide, CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("splat_backward", want_grads)
 
@@ -239,7 +239,7 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
     out = torch.full((1, 1, 1, big_w), float("nan"))
     gradients = [torch.full_like(t, float("nan")) for t in inputs]
     shared = {
-        "K": 1, "C": 1, "CP": 1, "R": R, "NORMALIZE": False, "HAS_OFFSET": True, "WIDE": False,
+        "K": 1, "C": 1, "R": R, "NORMALIZE": False, "HAS_OFFSET": True, "WIDE": False,
         "CELLS": CELLS,
     }  # fmt: skip
     last = (w - 1) // CELLS
@@ -249,7 +249,7 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
             PREPARE=False, PY=1, PX=2, **shared,
         )  # fmt: skip
         kernels.splat_backward[(1, 1, 1)](
-            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 0, 1, 2, PX=2, **shared
+            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 0, 1, **shared
         )
     names = ["out", *(f"d_{name}" for name in INPUTS)]
     errors = {}
