@@ -63,12 +63,16 @@ def _interrupted(error: BaseException | None) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the console script `gsr`."""
-    if threading.current_thread() is threading.main_thread():
-        # Their default ends the process at once, and leaves half a file under a hidden name.
-        for name in ("SIGTERM", "SIGHUP"):
-            if (number := getattr(signal, name, None)) is not None:
-                signal.signal(number, _terminate)
-    guard(dispatch, argv)
+    # The default of these ends the process at once, and leaves half a file under a hidden name.
+    main_thread = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGHUP") if main_thread else ()  # Windows has the first alone
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = [signal.signal(number, _terminate) for number in numbers]
+    try:
+        guard(dispatch, argv)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -262,6 +262,13 @@ def test_pipes(here, image, tiny_model, source):
     assert np.array_equal(read_image("out.png"), gsr.upscale(image, 2, model=tiny_model))
 
 
+def test_the_callers_signal_handlers_come_back(here):
+    before = signal.getsignal(signal.SIGTERM)
+    assert upscale("photo.png", "-o", "out.png", "--scale", "2") == 0
+    assert upscale("photo.png", "-o", "out.png", "--scale", "2") == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
 def test_a_killed_run_leaves_nothing(here, image, number):

@@ -141,12 +141,13 @@ def from_image(image: Image.Image) -> Source:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the size (h, w) that an image that is not decoded yet has when it is upright."""
-    turned = False
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size is that already
-        try:
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        except Exception:  # damaged; Pillow raises almost anything for it
-            pass
+    sideways = (5, 6, 7, 8)
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) in sideways  # said by EXIF, or else by XMP
+    except Exception:  # damaged; Pillow raises almost anything for it
+        turned = False
+    if getattr(image, "tag_v2", {}).get(ORIENTATION) in sideways:
+        turned = False  # Pillow has it in the size of a TIFF already
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -5,14 +5,13 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import gsr
 from gsr.errors import InputError
 from gsr.inference.upscale import upscale_to_file
 from gsr.io.image import open_file
-from gsr.io.source import Metadata, Source, read_source
-from gsr.io.tiff import KEPT
+from gsr.io.source import Metadata, Source, read_source, upright_size
 from gsr.io.writer import image_writer
 
 
@@ -55,21 +54,25 @@ def test_16_bits_are_read_and_written(tmp_path, channels, suffix):
     assert np.array_equal(joined(back), values)
 
 
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_tiff_without_compression_in_both_byte_orders(tmp_path, channels, order):
-    """Written here field by field: no code of gsr's has a part in the file."""
-    values = deep(channels)
-    data = values.astype(f"{order}u2").tobytes()
-    fields = [(256, 18), (257, 13), (258, 16), (259, 1), (262, 2 if channels > 2 else 1)]
-    fields += [(273, 8), (277, channels), (278, 13), (279, len(data))]
-    fields += [(338, 2)] if channels == 4 else []
+def plain_tiff(values, order="<", orientation=1):
+    """A TIFF without compression, field by field: no code of gsr's has a part in it."""
+    channels, data = values.shape[2], values.astype(values.dtype.newbyteorder(order)).tobytes()
+    fields = [(256, 18), (257, 13), (258, 8 * values.itemsize), (259, 1)]
+    fields += [(262, 2 if channels > 2 else 1), (273, 8), (274, orientation), (277, channels)]
+    fields += [(278, 13), (279, len(data))] + ([(338, 2)] if channels == 4 else [])
     e = "little" if order == "<" else "big"
     head = (b"II*\0" if order == "<" else b"MM\0*") + (8 + len(data)).to_bytes(4, e)
     table = len(fields).to_bytes(2, e)
     for tag, value in fields:
         table += tag.to_bytes(2, e) + (4).to_bytes(2, e) + (1).to_bytes(4, e) + value.to_bytes(4, e)
-    (tmp_path / "a.tif").write_bytes(head + data + table + bytes(4))
+    return head + data + table + bytes(4)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_tiff_without_compression_in_both_byte_orders(tmp_path, channels, order):
+    values = deep(channels)
+    (tmp_path / "a.tif").write_bytes(plain_tiff(values, order))
     assert np.array_equal(joined(read(tmp_path / "a.tif")), values)
 
 
@@ -169,17 +172,20 @@ def test_pillow_images_keep_their_depth(tiny_model, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bits_are_turned_upright(tmp_path, orientation, suffix, monkeypatch):
-    # gsr's own files are upright, and so its TIFF writer drops the tag; other programs keep it.
-    monkeypatch.setattr("gsr.io.tiff.KEPT", {*KEPT, 0x0112})
-    low = deep(3)
+def test_16_bits_are_turned_upright(tmp_path, orientation, suffix):
+    """As Pillow turns 8 bits; the size is known before."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    write(tmp_path / f"a.{suffix}", low, Metadata(exif=exif))
-    write(tmp_path / f"b.{suffix}", (low >> 8).astype(np.uint8), Metadata(exif=exif))
+    for name, values in (("a", deep(3)), ("b", (deep(3) >> 8).astype(np.uint8))):
+        if suffix == "tif":
+            (tmp_path / f"{name}.tif").write_bytes(plain_tiff(values, orientation=orientation))
+        else:
+            write(tmp_path / f"{name}.png", values, Metadata(exif=exif))
     turned = read(tmp_path / f"a.{suffix}")
-    assert np.array_equal(turned.colour >> 8, read(tmp_path / f"b.{suffix}").colour)
-    assert turned.colour.shape[:2] == ((18, 13) if orientation > 4 else (13, 18))
+    with Image.open(tmp_path / f"b.{suffix}") as image:
+        assert upright_size(image) == turned.shape
+        assert np.array_equal(turned.colour >> 8, ImageOps.exif_transpose(image))
+    assert turned.shape == ((18, 13) if orientation > 4 else (13, 18))
     assert turned.meta.exif is None
 
 

@@ -7,7 +7,7 @@ from PIL import Image, PngImagePlugin
 import gsr
 from gsr.inference.upscale import upscale_to_file
 from gsr.io.image import open_file
-from gsr.io.source import EXIF_IFD, GPS_IFD, ORIENTATION, Metadata, read_source
+from gsr.io.source import EXIF_IFD, GPS_IFD, ORIENTATION, Metadata, read_source, upright_size
 from gsr.io.writer import image_writer
 
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6" dc:title="A tree"/></x:xmpmeta>'
@@ -44,12 +44,14 @@ def test_what_a_file_says_is_kept(tmp_path, tiny_model, image, everything, sourc
         text = PngImagePlugin.PngInfo()
         text.add_itxt("XML:com.adobe.xmp", XMP.decode())
         Image.fromarray(image).save(tmp_path / source, pnginfo=text, **everything)
-    elif source == "a.tif":  # Pillow writes EXIF and XMP one at a time
+    elif source == "a.tif":  # Pillow writes EXIF and XMP one at a time; XMP says what is up
         meta = Metadata(everything["icc_profile"], exif(), XMP, (300, 300))
         with image_writer(tmp_path / source, (12, 17), 3, meta=meta) as write:
             write(image)
     else:
         Image.fromarray(image).save(tmp_path / source, **everything)
+    with Image.open(tmp_path / source) as small:
+        assert upright_size(small) == (17, 12)
     upscale_to_file(tmp_path / result, read(tmp_path / source), 2, model=tiny_model)
     with Image.open(tmp_path / result) as large:
         assert large.size == (24, 34)  # turned
