@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import re
 import signal
 import sys
@@ -70,6 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = [signal.signal(number, _terminate) for number in numbers]
     try:
         guard(dispatch, argv)
+    except SystemExit as error:
+        code = error.code
+        if isinstance(code, int) and code - 128 in numbers:
+            # All that had to be removed is. Leave at once: threads that still compute can abort an
+            # interpreter that ends.
+            sys.stdout.flush()
+            os._exit(code)
+        raise
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
