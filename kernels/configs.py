@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ WINDOWS = {
     "forward": {"PIXELS": 64, "COLUMNS": 32, "num_warps": 4},
     "backward": {"PIXELS": 16, "COLUMNS": 32, "num_warps": 4},
 }
+# With Triton 3.3 the same blocks take more registers, and spill.
+WINDOWS_OLD = {
+    "forward": {"PIXELS": 32, "COLUMNS": 32, "num_warps": 4},
+    "backward": {"PIXELS": 16, "COLUMNS": 16, "num_warps": 4},
+}
 
 # One warp a program: its warps would share nothing, and the last programs leave less of a GPU idle.
 CELLS = {"default": 32, "gfx942": 64}
@@ -122,7 +128,15 @@ def choose_windows(kind: str, arch: str) -> Config:
 
     A float32 product is three of tf32 on NVIDIA's tensor cores; AMD's multiply float32 as it is.
     """
-    return {**WINDOWS[kind], "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3"}
+    table = WINDOWS if triton_version() >= (3, 4) else WINDOWS_OLD
+    return {**table[kind], "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3"}
+
+
+def triton_version() -> tuple[int, ...]:
+    """(major, minor) of the Triton that compiles."""
+    import triton
+
+    return tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2])
 
 
 # ---- for the launchers --------------------------------------------------------------------------

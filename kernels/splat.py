@@ -29,8 +29,13 @@ from gsr.ops.arguments import Gaussians, Grid, Weighting, join_channels, split_c
 
 from .configs import points_config, splat_config
 
-# An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
-SIZES = ["h", "w", "big_h", "big_w"]
+# Triton would compile anew for numbers that are 1, which it makes Python's, or multiples of 16. The
+# rows of a strip are now this, now that, and what is to be widened to 64 bits must be a tensor.
+NUMBERS = [
+    "h", "w", "big_h", "big_w", "top", "held", "row0", "rows", "i0", "lines", "blocks_y",
+    "blocks_x", "queries", "values_b", "values_k",
+]  # fmt: skip
+_jit = triton.jit(do_not_specialize=NUMBERS)
 CHANNELS = 8  # a launch takes; more, in registers, would spill
 
 # ---- shared pieces ------------------------------------------------------------------------------
@@ -132,9 +137,9 @@ def _write_gradients(
 # floor((2 Y + 1) h / 2 H) = i. All of them share the same Gaussians.
 
 
-@triton.jit(do_not_specialize=SIZES)
+@_jit
 def splat_forward(
-    values, sigma, rho, opacity, offset, grad, out,
+    values, sigma, rho, opacity, offset, grad, out, values_b, values_k,
     h, w, big_h, big_w, top, held, row0, rows, i0, lines, blocks_y, blocks_x, eps,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
@@ -143,7 +148,9 @@ def splat_forward(
     """out [B, C, rows, W]; with PREPARE g' and s, [B, C + 1, rows, W], for the backward pass.
 
     The Gaussians' tensors hold LR rows top ... top + held - 1 of h; `rows` HR rows from row0 on are
-    wanted. Program (cells of a row x PY x PX pixels of each, of `lines` rows, image).
+    wanted. `values` may be part of a larger tensor: values_b and values_k are its strides of the
+    image and the Gaussian. Program (cells of a row x PY x PX pixels of each, of `lines` rows,
+    image).
     """
     # A thread owns a cell: tensors are [.., pixels, cells] with the cells along the last axis,
     # which Triton spreads over the lanes, and the pixels of a cell in a thread's registers.
@@ -189,8 +196,8 @@ def splat_forward(
             total += alpha[None, :] * e
             sums = ()
             for c in tl.static_range(C):
-                at = values + ((g * C + c) * plane + row) + jj
-                v = alpha * tl.load(at, exists, other=0.0).to(tl.float32)
+                at = b * values_b + (g - b * K) * values_k + c * plane + row
+                v = alpha * tl.load(values + at + jj, exists, other=0.0).to(tl.float32)
                 sums = sums + (acc[c] + v[None, :] * e,)
             acc = sums
 
@@ -214,10 +221,10 @@ def splat_forward(
             tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@_jit
 def splat_backward(
     grad, values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w, big_h, big_w, top, held, row0, rows,
+    values_b, values_k, h, w, big_h, big_w, top, held, row0, rows,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, WIDE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +256,7 @@ def splat_backward(
     my, mx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
     v, dv = (), ()  # [cells] of each channel
     for c in tl.static_range(C):
-        at = (g * C + c) * plane + row + j
+        at = g // K * values_b + g % K * values_k + c * plane + row + j
         v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
         dv = dv + (tl.zeros([CELLS], tl.float32),)
     # The HR pixels of the cells within R are one run of rows and one of columns.
@@ -301,10 +308,10 @@ def _nearest(p, n):
     return tl.minimum(tl.maximum(tl.floor(p + 0.5), 0.0), (n - 1).to(p.dtype))
 
 
-@triton.jit(do_not_specialize=SIZES[:2])
+@_jit
 def points_forward(
     values, sigma, rho, opacity, offset, points, grad, out,
-    h, w, queries, eps,
+    values_b, values_k, h, w, queries, eps,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -340,7 +347,8 @@ def points_forward(
             total += weight
             sums = ()
             for c in tl.static_range(C):
-                v = tl.load(values + (g * C + c) * plane + at, exists, other=0.0).to(tl.float32)
+                own = b * values_b + (g - b * K) * values_k + c * plane
+                v = tl.load(values + own + at, exists, other=0.0).to(tl.float32)
                 sums = sums + (acc[c] + weight * v,)
             acc = sums
 
@@ -360,11 +368,11 @@ def points_forward(
             tl.store(out + place * C + c, value.to(out.dtype.element_ty), real)
 
 
-@triton.jit(do_not_specialize=SIZES[:2])
+@_jit
 def points_backward(
     grad, points, order, starts,
     values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w,
+    values_b, values_k, h, w,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -385,7 +393,7 @@ def points_backward(
     a2, b2, c2 = _exponent(sy, sx, r)
     v, dv = (), ()
     for c in tl.static_range(C):
-        at = (g * C + c) * plane + row + j
+        at = g // K * values_b + g % K * values_k + c * plane + row + j
         v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
         dv = dv + (tl.zeros([CELLS], tl.float32),)
 
@@ -468,10 +476,31 @@ def _pointers(gaussians: Gaussians) -> list[Tensor]:
     return [gaussians.values if t is None else t for t in gaussians]
 
 
+def _strides(values: Tensor) -> tuple[int, int]:
+    """values_b and values_k."""
+    return values.stride(0), values.stride(1)
+
+
+def _laid_out(gaussians: Gaussians) -> Gaussians:
+    """The Gaussians as the kernels read them: contiguous, but for the values' first two axes.
+
+    What a head cuts from the output of its convolution is not copied.
+    """
+    values = gaussians.values
+    *_, h, w = values.shape
+    planes = values.stride()[2:] == (h * w, w, 1)
+    laid_out = gaussians._replace(values=gaussians.rho).map(Tensor.contiguous)
+    return laid_out._replace(values=values if planes else values.contiguous())
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def forward(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat`: [B, C, stop - start, W] in values' type."""
     parts = split_channels(gaussians, CHANNELS)
-    return torch.cat([_forward(part, grid, weighting) for part in parts], 1)
+    return _join([_forward(part, grid, weighting) for part in parts], 1)
 
 
 def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
@@ -483,7 +512,7 @@ def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weightin
 def _forward(
     gaussians: Gaussians, grid: Grid, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
-    gaussians, prepare = gaussians.map(Tensor.contiguous), grad is not None
+    gaussians, prepare = _laid_out(gaussians), grad is not None
     values = gaussians.values
     b, _, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
@@ -501,7 +530,7 @@ def _forward(
     lines = i1 + 1 - i0
     launch(
         splat_forward, (across * lines * b,),
-        *_pointers(gaussians), values if grad is None else grad, out,
+        *_pointers(gaussians), values if grad is None else grad, out, *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start, i0, lines, blocks_y, blocks_x,
         weighting.eps, PREPARE=prepare, WIDE=wide, **_constants(gaussians, weighting), **config,
     )  # fmt: skip
@@ -509,7 +538,7 @@ def _forward(
 
 
 def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
-    grad, gaussians = grad.contiguous(), gaussians.map(Tensor.contiguous)
+    grad, gaussians = grad.contiguous(), _laid_out(gaussians)
     values = gaussians.values
     if weighting.normalize:
         grad = _forward(gaussians, grid, weighting, grad=grad)
@@ -520,7 +549,7 @@ def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighti
     config = splat_config("backward", values.device, cell, channels=c, wide=wide)
     launch(
         splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
-        grad, *_pointers(gaussians), *_pointers(gradients),
+        grad, *_pointers(gaussians), *_pointers(gradients), *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start,
         WIDE=wide, **_constants(gaussians, weighting), **config,
     )  # fmt: skip
@@ -534,7 +563,7 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
 def forward_at(gaussians: Gaussians, points: Tensor, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat_at`: [B, Q, C] in values' type."""
     parts = split_channels(gaussians, CHANNELS)
-    return torch.cat([_forward_at(part, points, weighting) for part in parts], 2)
+    return _join([_forward_at(part, points, weighting) for part in parts], 2)
 
 
 def backward_at(
@@ -548,11 +577,7 @@ def backward_at(
 def _forward_at(
     gaussians: Gaussians, points: Tensor, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
-    gaussians, points, prepare = (
-        gaussians.map(Tensor.contiguous),
-        points.contiguous(),
-        grad is not None,
-    )
+    gaussians, points, prepare = _laid_out(gaussians), points.contiguous(), grad is not None
     values, queries = gaussians.values, points.shape[1]
     b, _, c, h, w = values.shape
     out = torch.empty(
@@ -564,7 +589,7 @@ def _forward_at(
         launch(
             points_forward, (triton.cdiv(queries, config["BLOCK"]) * b,),
             *_pointers(gaussians), points, values if grad is None else grad, out,
-            h, w, queries, weighting.eps,
+            *_strides(values), h, w, queries, weighting.eps,
             PREPARE=prepare, **_constants(gaussians, weighting), **config,
         )  # fmt: skip
     return out
@@ -574,7 +599,7 @@ def _backward_at(
     grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
 ) -> Gaussians:
     grad, points = grad.contiguous(), points.contiguous()
-    gaussians = gaussians.map(Tensor.contiguous)
+    gaussians = _laid_out(gaussians)
     values = gaussians.values
     if weighting.normalize:
         grad = _forward_at(gaussians, points, weighting, grad=grad)
@@ -584,7 +609,8 @@ def _backward_at(
     config = points_config("backward", values.device)
     launch(
         points_backward, (triton.cdiv(w, config["CELLS"]) * h * b * k,),
-        grad, points, order, starts, *_pointers(gaussians), *_pointers(gradients), h, w,
+        grad, points, order, starts, *_pointers(gaussians), *_pointers(gradients),
+        *_strides(values), h, w,
         **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients
@@ -595,8 +621,9 @@ def sort_points(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
 
     The last number is where the last cell stops.
     """
-    extent = points.new_tensor([h - 1, w - 1])
-    y, x = torch.floor(points + 0.5).clamp(torch.zeros_like(extent), extent).long().unbind(-1)
+    # Numbers rather than a tensor of them, whose copy from the CPU would make it wait.
+    y, x = torch.floor(points + 0.5).unbind(-1)
+    y, x = y.clamp(0, h - 1).long(), x.clamp(0, w - 1).long()
     image = torch.arange(points.shape[0], device=points.device)[:, None]
     # Stable, so that the sums over a cell's points always run in the same order.
     cells, order = torch.sort(((image * h + y) * w + x).flatten(), stable=True)

@@ -89,6 +89,16 @@ def test_other_numbers_of_gaussians(target, gaussians):
     assert over_the_ceilings(target, of_direct) == []
 
 
+def test_no_compilation_for_particular_numbers():
+    """Of rows, sizes and strides, which change from strip to strip and from image to image."""
+    for kernel in KERNELS:
+        parameters = static.kernel_of(kernel).params
+        pointers = {*static.STORED, *static.POINTERS}
+        numbers = [p for p in parameters if not p.is_constexpr and p.name not in pointers]
+        assert numbers
+        assert [p.name for p in numbers if not p.do_not_specialize and p.name != "eps"] == []
+
+
 def test_all_kernels_are_shipped_to_every_target():
     for target in static.TARGETS:
         assert {name for name, _, _ in static.shipped(target)} == set(KERNELS)
