@@ -28,17 +28,16 @@ from gsr.kernels import configs  # pyright: ignore[reportAttributeAccessIssue]
 from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 KINDS = ("forward", "prepare", "backward")
-SCALES = configs.BUCKETS[1:]
+SCALES = (2, 3, 4, 8)
 LEAST_WARPS = 4  # one for each scheduler of a multiprocessor
 
 
 def candidates(kind: str, scale: int, warp: int = 32) -> list[dict]:
     """All configurations of a kind worth compiling for cells of scale x scale pixels."""
-    sides = [n for n in (1, 2, 4, 8) if n <= scale]
-    if kind == "backward":
-        blocks = [{}]
-    else:
-        blocks = [{"PY": py, "PX": px} for py in sides for px in sides if py * px <= 16]
+    sides = [n for n in range(1, configs.SIDE + 1) if scale % n == 0]
+    blocks: list[dict] = [{}]
+    if kind != "backward":
+        blocks = [{"PY": py, "PX": px} for py in sides for px in sides]
     # Cells and warps: one cell a lane in one, two or four warps, or two cells a lane.
     lanes = [(warp, 1), (2 * warp, 2), (4 * warp, 4), (2 * warp, 1)]
     return [{**b, "CELLS": cells, "num_warps": warps} for b in blocks for cells, warps in lanes]

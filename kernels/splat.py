@@ -152,31 +152,34 @@ def splat_forward(
     image and the Gaussian. Program (cells of a row x PY x PX pixels of each, of `lines` rows,
     image).
     """
-    # A thread owns a cell: tensors are [.., pixels, cells] with the cells along the last axis,
-    # which Triton spreads over the lanes, and the pixels of a cell in a thread's registers.
+    # A thread owns a cell, whose pixels are numbers of their own: tensors are [cells], and there
+    # may be as many pixels as a cell has, not only powers of 2.
     pid, cell, b = _program(tl.cdiv(w, CELLS) * blocks_y * blocks_x, lines)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
     i = (i0 + cell).to(h.dtype)
+    y_start = _start(i, h, big_h).to(tl.int32) + (pid // blocks_x) % blocks_y * PY
+    y_stop = tl.minimum(_start(i + 1, h, big_h).to(tl.int32), row0 + rows)
+    if (y_start >= y_stop) | (y_start + PY <= row0):
+        return  # cells of a row are equally high, so that all of these may have no row left
     plane, size = w.to(tl.int64) * held, big_w.to(tl.int64) * rows
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
-    pixel = tl.arange(0, PY * PX)
-    y_start, y_stop = _start(i, h, big_h).to(tl.int32), _start(i + 1, h, big_h).to(tl.int32)
-    x_start = _start(wide, w, big_w).to(tl.int32)
+    x_start = _start(wide, w, big_w).to(tl.int32) + pid % blocks_x * PX
     x_stop = _start(wide + 1, w, big_w).to(tl.int32)
-    y = y_start + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
-    x = x_start[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
-    inside = (y < y_stop) & (y >= row0) & (y < row0 + rows)
-    inside = inside[:, None] & (x < x_stop[None, :]) & (j < w)[None, :]
-    fy = _place(y.to(h.dtype), i, h, big_h)[:, None]
-    fx = _place(x.to(w.dtype), wide[None, :], w, big_w)
+    fy, fx = (), ()
+    for py in tl.static_range(PY):
+        fy = fy + (_place((y_start + py).to(h.dtype), i, h, big_h),)
+    for px in tl.static_range(PX):
+        fx = fx + (_place((x_start + px).to(w.dtype), wide, w, big_w),)
 
-    zeros = tl.zeros([CELLS], h.dtype)  # the interpreter cannot combine scalar masks with blocks
-    total = tl.zeros([PY * PX, CELLS], tl.float32)
-    acc = ()  # [pixels, cells] of each channel
-    for _ in tl.static_range(C):
-        acc = acc + (tl.zeros([PY * PX, CELLS], tl.float32),)
+    # The interpreter cannot combine scalar masks with blocks.
+    zeros, zeros_32 = tl.zeros([CELLS], h.dtype), tl.zeros([CELLS], tl.int32)
+    total, acc = (), ()  # of each pixel, and of each pixel and channel
+    for _ in tl.static_range(PY * PX):
+        total = total + (tl.zeros([CELLS], tl.float32),)
+    for _ in tl.static_range(PY * PX * C):
+        acc = acc + (tl.zeros([CELLS], tl.float32),)
     for n in range((2 * R + 1) * (2 * R + 1)):
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         ii, jj = zeros + i + di, j + dj
@@ -190,35 +193,40 @@ def splat_forward(
                 sigma, rho, opacity, offset, g, plane, row, jj, exists, HAS_OFFSET
             )
             a2, b2, c2 = _exponent(sy, sx, r)
-            dy, dx = fy - (oy + di)[None, :], fx - (ox + dj)[None, :]
-            e = _falloff(a2[None, :], b2[None, :], c2[None, :], dy, dx)
-            # The opacity goes with what is multiplied by the falloff anyway.
-            total += alpha[None, :] * e
-            sums = ()
+            v = ()  # the opacity goes with what is multiplied by the falloff anyway
             for c in tl.static_range(C):
                 at = b * values_b + (g - b * K) * values_k + c * plane + row
-                v = alpha * tl.load(values + at + jj, exists, other=0.0).to(tl.float32)
-                sums = sums + (acc[c] + v[None, :] * e,)
-            acc = sums
+                v = v + (alpha * tl.load(values + at + jj, exists, other=0.0).to(tl.float32),)
+            totals, sums = (), ()
+            for p in tl.static_range(PY * PX):
+                e = _falloff(a2, b2, c2, fy[p // PX] - (oy + di), fx[p % PX] - (ox + dj))
+                totals = totals + (total[p] + alpha * e,)
+                for c in tl.static_range(C):
+                    sums = sums + (acc[p * C + c] + v[c] * e,)
+            total, acc = totals, sums
 
-    line = (y - row0).to(tl.int64) * big_w
-    at = line[:, None] + x
-    if NORMALIZE:
-        share = 1.0 / (total + eps)
-    if PREPARE:
-        # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
-        # sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
-        s = tl.zeros([PY * PX, CELLS], tl.float32)
-        for c in tl.static_range(C):
-            scaled = tl.load(grad + (b * C + c) * size + at, inside, other=0.0).to(tl.float32)
-            scaled = scaled * share
-            s += scaled * (acc[c] * share)
-            tl.store(out + (b * (C + 1) + c) * size + at, scaled, inside)
-        tl.store(out + (b * (C + 1) + C) * size + at, s, inside)
-    else:
-        for c in tl.static_range(C):
-            value = acc[c] * share if NORMALIZE else acc[c]
-            tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
+    for p in tl.static_range(PY * PX):
+        y, x = zeros_32 + (y_start + p // PX), x_start + p % PX
+        inside = (x < x_stop) & (j < w) & (y >= row0) & (y < y_stop)
+        at = (y - row0).to(tl.int64) * big_w + x
+        if NORMALIZE:
+            share = 1.0 / (total[p] + eps)
+        if PREPARE:
+            # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight
+            # is sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
+            s = tl.zeros([CELLS], tl.float32)
+            for c in tl.static_range(C):
+                scaled = tl.load(grad + (b * C + c) * size + at, inside, other=0.0).to(tl.float32)
+                scaled = scaled * share
+                s += scaled * (acc[p * C + c] * share)
+                tl.store(out + (b * (C + 1) + c) * size + at, scaled, inside)
+            tl.store(out + (b * (C + 1) + C) * size + at, s, inside)
+        else:
+            for c in tl.static_range(C):
+                value = acc[p * C + c]
+                if NORMALIZE:
+                    value = value * share
+                tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
 
 
 @_jit
@@ -521,9 +529,9 @@ def _forward(
         device=values.device, dtype=torch.float32 if prepare else values.dtype,
     )  # fmt: skip
     kind, wide = "prepare" if prepare else "forward", _wide(h, w, big_h, big_w)
-    cell = triton.cdiv(big_h, h), triton.cdiv(big_w, w)
-    config = splat_config(kind, values.device, cell, channels=c, wide=wide)
-    blocks_y, blocks_x = triton.cdiv(cell[0], config["PY"]), triton.cdiv(cell[1], config["PX"])
+    config = splat_config(kind, values.device, (big_h / h, big_w / w), channels=c)
+    blocks_y = triton.cdiv(triton.cdiv(big_h, h), config["PY"])
+    blocks_x = triton.cdiv(triton.cdiv(big_w, w), config["PX"])
     across = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x
     # Rows of cells: from that of the first HR row wanted to that of the last one.
     i0, i1 = ((2 * y + 1) * h // (2 * big_h) for y in (start, stop - 1))
@@ -545,13 +553,12 @@ def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighti
     b, k, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
     gradients = gaussians.map(_empty_gradient)
-    cell, wide = (triton.cdiv(big_h, h), triton.cdiv(big_w, w)), _wide(h, w, big_h, big_w)
-    config = splat_config("backward", values.device, cell, channels=c, wide=wide)
+    config = splat_config("backward", values.device, (big_h / h, big_w / w), channels=c)
     launch(
         splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
         grad, *_pointers(gaussians), *_pointers(gradients), *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start,
-        WIDE=wide, **_constants(gaussians, weighting), **config,
+        WIDE=_wide(h, w, big_h, big_w), **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients
 

@@ -343,8 +343,8 @@ def block_sizes(case: Case, kernels):
         return
     configs = importlib.import_module("gsr.kernels.configs")
 
-    def splat_config(kind, device, cell, **more):
-        return configs.choose_splat(kind, case.arch, cell, **more)
+    def splat_config(kind, device, scale, **more):
+        return configs.choose_splat(kind, case.arch, scale, **more)
 
     def points_config(kind, device):
         return configs.choose_points(kind, case.arch)

@@ -167,10 +167,8 @@ def test_launches(monkeypatch):
     def launch(kernel, grid, *arguments, **constants):
         assert all(0 < n < 2**31 for n in grid)
         own = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-        assert own.keys() - {"num_warps"} == set(kernel.arg_names)
-        assert len(arguments) + len(constants) - ("num_warps" in constants) == len(own) - (
-            "num_warps" in own
-        )
+        assert own.keys() - {"num_warps", "maxnreg"} == set(kernel.arg_names)
+        assert len(arguments) + len(constants) == len(own)  # none of them twice
         for p in kernel.params:
             value = own[p.name]
             assert not isinstance(value, torch.Tensor) or (value.is_meta and not p.is_constexpr)

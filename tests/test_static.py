@@ -31,8 +31,6 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        if target != "sm_90" and constants.get("R") == 2:
-            continue  # the radius is but the length of a loop: on one architecture it is enough
         use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE"))
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
