@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | tritons | lint | docs | clean
+# make setup | demo | test | test-slow | tritons | gpu | lint | docs | clean
 # PYTHON=python3.12        the Python that the environment is made with, 3.10 or newer
 # TORCH_INDEX=URL          one more pip index, such as PyTorch's own for its CPU-only builds
 
@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 TRITONS ?= 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0
 STAMP = $(VENV)/.setup-done
 
-.PHONY: setup demo test test-slow tritons lint docs clean
+.PHONY: setup demo test test-slow tritons gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,10 @@ tritons: setup
 	        --disable-pip-version-check --no-deps --target build/triton/$$version \
 	        triton==$$version $$numpy || exit 1; \
 	done
+
+# Installs nothing: with the environment of `make setup` where there is one, or else with PYTHON.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench gpu --output out/gpu
 
 lint: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt

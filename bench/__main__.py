@@ -1,4 +1,4 @@
-"""python -m bench splat | network | static | training"""
+"""python -m bench splat | network | static | training | gpu"""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib import import_module
 from gsr.cli import guard
 from gsr.errors import InputError
 
-COMMANDS = ("splat", "network", "static", "training")
+COMMANDS = ("splat", "network", "static", "training", "gpu")
 
 
 def main(argv=None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["-h"], ["--help"]):
-        print("usage: python -m bench splat | network | static | training [-h] ...")
+        print("usage: python -m bench splat | network | static | training | gpu [-h] ...")
         return
     if not argv or argv[0] not in COMMANDS:
         raise InputError(f"python -m bench needs one of: {', '.join(COMMANDS)}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
@@ -27,17 +28,16 @@ from gsr.kernels import configs  # pyright: ignore[reportAttributeAccessIssue]
 from gsr.ops.arguments import Gaussians, Grid, Weighting
 
 KINDS = ("forward", "prepare", "backward")
-SCALES = configs.BUCKETS[1:]
+SCALES = (2, 3, 4, 8)
 LEAST_WARPS = 4  # one for each scheduler of a multiprocessor
 
 
 def candidates(kind: str, scale: int, warp: int = 32) -> list[dict]:
     """All configurations of a kind worth compiling for cells of scale x scale pixels."""
-    sides = [n for n in (1, 2, 4, 8) if n <= scale]
-    if kind == "backward":
-        blocks = [{}]
-    else:
-        blocks = [{"PY": py, "PX": px} for py in sides for px in sides if py * px <= 16]
+    sides = [n for n in range(1, configs.SIDE + 1) if scale % n == 0]
+    blocks: list[dict] = [{}]
+    if kind != "backward":
+        blocks = [{"PY": py, "PX": px} for py in sides for px in sides]
     # Cells and warps: one cell a lane in one, two or four warps, or two cells a lane.
     lanes = [(warp, 1), (2 * warp, 2), (4 * warp, 4), (2 * warp, 1)]
     return [{**b, "CELLS": cells, "num_warps": warps} for b in blocks for cells, warps in lanes]
@@ -110,6 +110,17 @@ def survivors(use, kind: str, scale: int, arch: str) -> list[dict]:
     return prune(candidates(kind, scale, static.LIMITS[limits].warp), usage, warps)
 
 
+def compile_ahead(work: list[tuple], arch: str, jobs: int) -> None:
+    """Compile all candidates in so many processes, into Triton's cache, where launches find them.
+
+    The kernels are compiled for no particular numbers (`kernels/splat.py`), so that what is
+    compiled here is what is launched.
+    """
+    if jobs > 1:
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            pool.starmap(survivors, [(*one, arch) for one in work], chunksize=1)
+
+
 def _target():
     import triton
 
@@ -159,12 +170,13 @@ def main(argv=None) -> None:
     parser.add_argument("--scale", type=int, nargs="+", choices=SCALES, default=list(SCALES))
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument(
-        "--use", nargs="+", choices=("direct", "field"), default=["direct", "field"]
+        "--use", nargs="+", choices=("lite", "direct", "field"), default=["lite", "field"]
     )
     parser.add_argument(
         "--arch", choices=("sm_80", "sm_90", "sm_100", "gfx942"), default="sm_90",
         help="without a GPU: whose candidates to print (sm_90)",
     )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile (1)")
     parser.add_argument("--output", type=Path, help=f"default: {configs.tuned_file()}")
     args = parser.parse_args(argv)
     try:
@@ -186,6 +198,7 @@ def main(argv=None) -> None:
         anew = {f"{use.name} {kind} x{scale}" for use, kind, scale in work}
         rows = [r for r in old["rows"] if r["provider"] != arch or r["case"] not in anew]
         tuned = dict(old["configs"])
+    compile_ahead(work, arch, args.jobs)
     for use, kind, scale in work:
         left = survivors(use, kind, scale, arch)
         config, seconds = select(left, gpu_timer(use, kind, scale, device))

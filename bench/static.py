@@ -64,12 +64,12 @@ class Use:
 USES = [
     Use("direct", K=4, C=3, R=1, offset=True),
     Use("lite", K=9, C=3, R=1, offset=True),  # the bundled model
-    Use("direct5", K=4, C=3, R=2, offset=True),
     Use("field", K=1, C=8, R=3, offset=False),
 ]
 WINDOWS = {"WINDOW": 7, "NP": 64}  # of `official`: 49 Gaussians, and the power of 2 that holds them
 TAPS = 5
-CELLS = range(1, 10)  # HR pixels of a cell along an axis; beyond the last bucket nothing changes
+# HR pixels per LR pixel along an axis: whole numbers, a little more, and halves.
+SCALES = [n + part for n in range(1, 10) for part in (0, 0.1, 0.5)]
 
 
 def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
@@ -97,14 +97,14 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
         constants = {**use.constants(), **config, **more}
         found.append((name, constants, constants.pop("num_warps")))
 
-    cells = [(cy, cx, False) for cy in CELLS for cx in CELLS]
-    cells += [(cy, cx, True) for cy, cx in ((2, 2), (4, 4), (1, 8), (8, 1))]
-    for cy, cx, wide in cells:
+    scales = [(sy, sx, False) for sy in SCALES for sx in SCALES]
+    scales += [(sy, sx, True) for sy, sx in ((1, 1), (2, 2), (4, 4), (5, 5), (1, 8), (8, 1))]
+    for sy, sx, wide in scales:
         more = {"WIDE": True} if wide else {}
         for prepare, kind in enumerate(("forward", "prepare")):
-            config = configs.choose_splat(kind, arch, (cy, cx), channels=use.C, wide=wide)
+            config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C)
             add("splat_forward", config, PREPARE=bool(prepare), **more)
-        config = configs.choose_splat("backward", arch, (cy, cx), channels=use.C, wide=wide)
+        config = configs.choose_splat("backward", arch, (sy, sx), channels=use.C)
         add("splat_backward", config, **more)
     for prepare in (False, True):
         add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
@@ -133,11 +133,14 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
     """Triton's compiled kernel `name` of kernels/splat.py or kernels/windows.py.
 
     Args:
-        constants: its constexpr arguments.
+        constants: its constexpr arguments, and "maxnreg" where it has a limit of registers.
         target: a GPUTarget or a name from `TARGETS`.
         values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16".
     """
     kernel = kernel_of(name)
+    options = {"num_warps": num_warps}
+    options |= {n: constants[n] for n in ("maxnreg",) if n in constants}
+    constants = {n: value for n, value in constants.items() if n != "maxnreg"}
     if "WIDE" in kernel.arg_names:
         constants = {"WIDE": False, **constants}
     pointers = POINTERS | dict.fromkeys(STORED, f"*{values}")
@@ -156,7 +159,7 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
             signature[argument] = "fp32" if argument == "eps" else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     target = TARGETS[target] if isinstance(target, str) else target
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options=options)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -379,24 +382,7 @@ PIPES = {
 }
 
 
-def _per_thread(compiled) -> int:
-    """Exponentials that a thread computes for one Gaussian, from the layout of the exp2."""
-    text = compiled.asm["ttgir"]
-    shape, layout = re.findall(r"math\.exp2 .*tensor<([\dx]+)xf32, (#\w+)>", text)[0]
-    size, threads, warps = re.findall(
-        layout + r" = #ttg\.blocked<\{sizePerThread = \[(.*?)\], threadsPerWarp = \[(.*?)\], "
-        r"warpsPerCTA = \[(.*?)\]",
-        text,
-    )[0]
-    count = 1
-    parts = (text.split(",") for text in (size, threads, warps))
-    for n, a, b, c in zip(shape.split("x"), *parts, strict=True):
-        a, b, c = int(a), int(b), int(c)
-        count *= a * -(-int(n) // (a * b * c))
-    return count
-
-
-def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -> dict:
+def count(name: str, constants: dict, num_warps: int, code: Loop, s) -> dict:
     """Warp instructions of a grid kernel for the image `s`, all warps together, by pipe.
 
     "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
@@ -412,13 +398,16 @@ def count(name: str, constants: dict, num_warps: int, code: Loop, compiled, s) -
         programs = s.b * s.K * s.h * cells
         trips = [window * s.H / s.h, window * cx]
         inside = outside = cx
+    # Exponentials that a thread computes for one Gaussian.
+    pixels = constants.get("PY", 1) * constants.get("PX", 1)
+    pixels *= max(1, constants["CELLS"] // (32 * num_warps))
     total = Counter()
 
     def run(loop, left, times):
         # A loop of one step, or two made into one, is gone from the code.
         n = left[0] if loop.inner else math.prod(left)
         if not loop.inner:
-            n /= max(1, loop.mix["MUFU.EX2"] / _per_thread(compiled))  # unrolled
+            n /= max(1, loop.mix["MUFU.EX2"] / pixels)  # unrolled
         add(loop.mix, times * n, inside)
         for inner in loop.inner:
             run(inner, left[1:], times * n)
@@ -527,7 +516,7 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     return f"{use.name} {points}{kind}", {"K": use.K, "C": use.C, "R": use.R}
 
 
-BLOCKS = ("PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS")
+BLOCKS = ("PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "maxnreg")
 
 
 def compiled_rows(arch: str) -> list[dict]:
@@ -598,7 +587,7 @@ def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
     compiled = compile_kernel(kernel, constants, chip.arch, config["num_warps"])
     usage = resources(compiled)
     resident = occupancy(usage, config["num_warps"], chip.arch)
-    counted = count(kernel, constants, config["num_warps"], disassemble(compiled), compiled, s)
+    counted = count(kernel, constants, config["num_warps"], disassemble(compiled), s)
     moved, operations = {
         "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
         # The incoming gradient in, g' and s out instead of the image.

@@ -1,18 +1,19 @@
-"""Block sizes and warps of the kernels: tables by architecture, pass, channels and size of a cell.
+"""Block sizes and warps of the kernels: what their launches are given.
 
-A cell is the HR pixels nearest to one LR pixel; its size along an axis falls into the bucket 1, 2,
-4 (3 or 4) or 8 (5 and more). The tables were chosen from what the compiler says of each candidate
-(`python -m bench static`, `python -m bench.autotune`): no spills with any Triton from 3.3 on, and
-the least modelled time on sm_80 and sm_90 together. No GPU has measured them. Nothing is tuned when
-a kernel is called: what `python -m bench.autotune` has found on a machine counts only with
-GSR_AUTOTUNE=1, or with GSR_TUNED naming its file.
+The splat's blocks follow from how many HR pixels an LR pixel becomes, by counts of instructions;
+no more of them than fit the registers with any Triton from 3.3 on (`python -m bench static`). No
+GPU has measured them. Nothing is tuned when a kernel is called: what `python -m bench.autotune` has
+found on a machine counts only with GSR_AUTOTUNE=1, or with GSR_TUNED naming its file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +21,43 @@ import torch
 
 from gsr.errors import InputError
 
-BUCKETS = (1, 2, 4, 8)
-
 Config = dict[str, Any]  # keyword arguments of a kernel's launch
 
-
-def bucket(n: int) -> int:
-    """The bucket of a cell of n HR pixels along an axis."""
-    return next((b for b in BUCKETS[:-1] if n <= b), BUCKETS[-1])
+# Numbers that a thread of forward sums up: of each of its pixels one a channel, and the weight.
+SUMS = 100
+SIDE = 5  # most pixels of a block along an axis
+# What a Gaussian costs a thread, loads and conic, in what it costs for each pixel.
+SETUP = 14
 
 
 def channel_bucket(c: int) -> int:
-    """4, 8, 16, ... channels: what a value takes in registers."""
+    """4, 8, 16, ... channels: what shares tuned configurations."""
     return max(4, 1 << (c - 1).bit_length())
 
 
-def _grid(*rows: str) -> dict[tuple[int, int], tuple[int, int]]:
-    """{(cy, cx): (PY, PX)} from one line for each bucket of cy, with one PYxPX for each of cx."""
-    found: dict[tuple[int, int], tuple[int, int]] = {}
-    for cy, row in zip(BUCKETS, rows, strict=True):
-        for cx, block in zip(BUCKETS, row.split(), strict=True):
-            py, px = block.split("x")
-            found[cy, cx] = int(py), int(px)
-    return found
+def choose_block(scale: tuple[float, float], channels: int) -> tuple[int, int]:
+    """PY x PX pixels of a cell for a thread: those of the fewest instructions a cell.
+
+    A cell is the HR pixels nearest to one LR pixel, `scale` of them on average: at x4.1 nine of ten
+    have 4 rows, the others 5. All cells of a row are equally high, so that a block without any row
+    is left at once; columns differ, and all cells take as many steps as the widest.
+    """
+    low, part = math.floor(scale[0]), scale[0] % 1
+    high, width = math.ceil(scale[0]), math.ceil(scale[1])
+
+    def cost(block: tuple[int, int]) -> tuple[float, int]:
+        py, px = block
+        rows = (1 - part) * math.ceil(low / py) + part * math.ceil(high / py)
+        return rows * math.ceil(width / px) * (SETUP + py * px), px
+
+    sides = (range(1, min(max(n, 1), SIDE) + 1) for n in (high, width))
+    return min(((py, px) for py, px in product(*sides) if fits(py, px, channels)), key=cost)
 
 
-# PY x PX pixels of a cell for a thread, by the cell's buckets: rows cy, columns cx. More of them
-# share each load, until they no longer fit. Tall blocks take fewer registers than wide ones.
-PIXELS_16 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x8", "4x1 4x1 4x4 4x4", "8x1 8x2 8x2 8x2")
-PIXELS_8 = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "8x1 8x1 8x1 8x1")
-PIXELS_4 = _grid("1x1 1x2 1x4 1x4", "2x1 2x2 2x2 2x2", "4x1 4x1 4x1 4x1", "4x1 4x1 4x1 4x1")
+def fits(py: int, px: int, channels: int) -> bool:
+    """Whether a thread has registers for a block; a launch takes 8 channels at most."""
+    return py * px * (min(channels, 8) + 1) <= SUMS
 
-# By architecture and channels, of which a launch takes 8 at most.
-FORWARD = {
-    "default": {4: PIXELS_16, 8: PIXELS_8},
-    # Shared memory, where results change layout before they are stored, is 64 KiB for all warps of
-    # a compute unit and goes with the pixels: 8 a thread leave room for 8 warps, 16 for 4.
-    "gfx942": {4: PIXELS_8},
-    # 4x4, 8x2 and 2x8 spill there.
-    "sm_80": {4: PIXELS_8},
-}
-
-# The same kernel as the first pass of backward holds the incoming gradient as well; 4x4 would spill
-# with 16-bit storage, and 8x1 with 8 channels.
-PIXELS_8_LOW = _grid("1x1 1x2 1x4 1x8", "2x1 2x2 2x4 2x4", "4x1 4x2 4x2 4x2", "4x1 4x1 4x1 4x1")
-PREPARE = {"default": {4: PIXELS_8, 8: PIXELS_8_LOW}}
-# Where positions take 64 bits, in images of more than about 30,000 pixels, both passes hold less.
-WIDE = {"default": {4: PIXELS_4, 8: PIXELS_4}}
 
 # Pixels of a window and columns (windows of a channel of an image) of a program of the products.
 # Larger blocks of the backward kernels, which hold two operands and a sum, spill.
@@ -74,47 +65,49 @@ WINDOWS = {
     "forward": {"PIXELS": 64, "COLUMNS": 32, "num_warps": 4},
     "backward": {"PIXELS": 16, "COLUMNS": 32, "num_warps": 4},
 }
+# With Triton 3.3 the same blocks take more registers, and spill.
+WINDOWS_OLD = {
+    "forward": {"PIXELS": 32, "COLUMNS": 32, "num_warps": 4},
+    "backward": {"PIXELS": 16, "COLUMNS": 16, "num_warps": 4},
+}
 
 # One warp a program: its warps would share nothing, and the last programs leave less of a GPU idle.
 CELLS = {"default": 32, "gfx942": 64}
 
 
-def _of(table: dict[str, Any], arch: str, *keys: object) -> Any:
-    """The entry of `arch` if it has one for `keys`, or else of "default"; None without either."""
-    for name in (arch, "default"):
-        entry = table.get(name)
-        for key in keys:
-            entry = None if entry is None else entry.get(key)
-        if entry is not None:
-            return entry
-    return None
-
-
-def choose_splat(
-    kind: str, arch: str, cell: tuple[int, int], *, channels: int, wide: bool = False
-) -> Config:
+def choose_splat(kind: str, arch: str, scale: tuple[float, float], *, channels: int) -> Config:
     """The shipped configuration of a grid kernel.
 
     Args:
         kind: "forward", "prepare" (the first pass of backward) or "backward".
         arch: "sm_90", "gfx942", ...; unknown ones get the default.
-        cell: most HR pixels of a cell along each axis, (y, x).
-        wide: whether positions take 64 bits, and more registers.
+        scale: HR pixels per LR pixel along each axis, (y, x).
     """
-    config = {"CELLS": _of(CELLS, arch), "num_warps": 1}
-    channels = channel_bucket(channels)
+    config = {"CELLS": CELLS.get(arch, CELLS["default"]), "num_warps": 1}
     if kind == "backward":
         return config  # one pixel of a thread's at a time
-    table = WIDE if wide else {"forward": FORWARD, "prepare": PREPARE}[kind]
-    py, px = _of(table, arch, channels, (bucket(cell[0]), bucket(cell[1]))) or (1, 1)
+    py, px = choose_block(scale, channels)
+    if arch.startswith("sm_"):
+        config["maxnreg"] = _registers(kind, py * px, min(channels, 8))
     return {"PY": py, "PX": px, **config}
+
+
+def _registers(kind: str, pixels: int, channels: int) -> int:
+    """Most registers of a thread of forward: what lets 16, 12 or 8 warps share a multiprocessor.
+
+    Left alone, the compiler aims at fewer than it needs, and spills a number or two.
+    """
+    sums = pixels * (channels + 1)
+    if sums + 8 * channels + 24 * (kind == "prepare") <= 88:
+        return 128
+    return 168 if sums <= 90 else 255
 
 
 def choose_points(kind: str, arch: str) -> Config:
     """The shipped configuration of a kernel for points."""
     # Of more warps, some Tritons make code that fits 32 registers, and spills.
     name = {"forward": "BLOCK", "backward": "CELLS"}[kind]
-    return {name: _of(CELLS, arch), "num_warps": 1}
+    return {name: CELLS.get(arch, CELLS["default"]), "num_warps": 1}
 
 
 def choose_windows(kind: str, arch: str) -> Config:
@@ -122,25 +115,27 @@ def choose_windows(kind: str, arch: str) -> Config:
 
     A float32 product is three of tf32 on NVIDIA's tensor cores; AMD's multiply float32 as it is.
     """
-    return {**WINDOWS[kind], "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3"}
+    table = WINDOWS if triton_version() >= (3, 4) else WINDOWS_OLD
+    return {**table[kind], "PRECISION": "ieee" if arch.startswith("gfx") else "tf32x3"}
+
+
+def triton_version() -> tuple[int, ...]:
+    """(major, minor) of the Triton that compiles."""
+    import triton  # pyright: ignore[reportMissingTypeStubs]
+
+    return tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2])
 
 
 # ---- for the launchers --------------------------------------------------------------------------
 
 
 def splat_config(
-    kind: str,
-    device: torch.device,
-    cell: tuple[int, int],
-    *,
-    channels: int,
-    wide: bool = False,
+    kind: str, device: torch.device, scale: tuple[float, float], *, channels: int
 ) -> Config:
     """Keyword arguments of the launch of `splat_forward` or `splat_backward`."""
     arch = architecture(device)
-    tuned = {} if wide else tuned_configs()
-    found = tuned.get(splat_key(kind, arch, cell, channels=channels))
-    return dict(found or choose_splat(kind, arch, cell, channels=channels, wide=wide))
+    found = tuned_configs().get(splat_key(kind, arch, scale, channels=channels))
+    return dict(found or choose_splat(kind, arch, scale, channels=channels))
 
 
 def points_config(kind: str, device: torch.device) -> Config:
@@ -168,9 +163,9 @@ def architecture(device: torch.device) -> str:
 # ---- what a tuning run has found ----------------------------------------------------------------
 
 
-def splat_key(kind: str, arch: str, cell: tuple[int, int], *, channels: int) -> str:
+def splat_key(kind: str, arch: str, scale: tuple[float, float], *, channels: int) -> str:
     """A configuration's name in a file of tuned ones."""
-    return f"{arch}/{kind}/{channel_bucket(channels)}/{bucket(cell[0])}x{bucket(cell[1])}"
+    return f"{arch}/{kind}/{channel_bucket(channels)}/{scale[0]:g}x{scale[1]:g}"
 
 
 def tuned_file() -> Path:

@@ -32,8 +32,13 @@ from gsr.ops.arguments import Gaussians, Grid, Weighting, join_channels, split_c
 
 from .configs import points_config, splat_config
 
-# An argument that is 1 would become a Python number, which the kernels cannot widen to 64 bits.
-SIZES = ["h", "w", "big_h", "big_w"]
+# Triton would compile anew for numbers that are 1, which it makes Python's, or multiples of 16. The
+# rows of a strip are now this, now that, and what is to be widened to 64 bits must be a tensor.
+NUMBERS = [
+    "h", "w", "big_h", "big_w", "top", "held", "row0", "rows", "i0", "lines", "blocks_y",
+    "blocks_x", "queries", "values_b", "values_k",
+]  # fmt: skip
+_jit = triton.jit(do_not_specialize=NUMBERS)
 CHANNELS = 8  # a launch takes; more, in registers, would spill
 
 # ---- shared pieces ------------------------------------------------------------------------------
@@ -135,9 +140,9 @@ def _write_gradients(
 # floor((2 Y + 1) h / 2 H) = i. All of them share the same Gaussians.
 
 
-@triton.jit(do_not_specialize=SIZES)
+@_jit
 def splat_forward(
-    values, sigma, rho, opacity, offset, grad, out,
+    values, sigma, rho, opacity, offset, grad, out, values_b, values_k,
     h, w, big_h, big_w, top, held, row0, rows, i0, lines, blocks_y, blocks_x, eps,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
@@ -146,33 +151,38 @@ def splat_forward(
     """out [B, C, rows, W]; with PREPARE g' and s, [B, C + 1, rows, W], for the backward pass.
 
     The Gaussians' tensors hold LR rows top ... top + held - 1 of h; `rows` HR rows from row0 on are
-    wanted. Program (cells of a row x PY x PX pixels of each, of `lines` rows, image).
+    wanted. `values` may be part of a larger tensor: values_b and values_k are its strides of the
+    image and the Gaussian. Program (cells of a row x PY x PX pixels of each, of `lines` rows,
+    image).
     """
-    # A thread owns a cell: tensors are [.., pixels, cells] with the cells along the last axis,
-    # which Triton spreads over the lanes, and the pixels of a cell in a thread's registers.
+    # A thread owns a cell, whose pixels are numbers of their own: tensors are [cells], and there
+    # may be as many pixels as a cell has, not only powers of 2.
     pid, cell, b = _program(tl.cdiv(w, CELLS) * blocks_y * blocks_x, lines)
     if WIDE:
         h, w, big_h, big_w = h.to(tl.int64), w.to(tl.int64), big_h.to(tl.int64), big_w.to(tl.int64)
     i = (i0 + cell).to(h.dtype)
+    y_start = _start(i, h, big_h).to(tl.int32) + (pid // blocks_x) % blocks_y * PY
+    y_stop = tl.minimum(_start(i + 1, h, big_h).to(tl.int32), row0 + rows)
+    if (y_start >= y_stop) | (y_start + PY <= row0):
+        return  # cells of a row are equally high, so that all of these may have no row left
     plane, size = w.to(tl.int64) * held, big_w.to(tl.int64) * rows
     j = pid // (blocks_x * blocks_y) * CELLS + tl.arange(0, CELLS)
     wide = j.to(w.dtype)
-    pixel = tl.arange(0, PY * PX)
-    y_start, y_stop = _start(i, h, big_h).to(tl.int32), _start(i + 1, h, big_h).to(tl.int32)
-    x_start = _start(wide, w, big_w).to(tl.int32)
+    x_start = _start(wide, w, big_w).to(tl.int32) + pid % blocks_x * PX
     x_stop = _start(wide + 1, w, big_w).to(tl.int32)
-    y = y_start + (pid // blocks_x) % blocks_y * PY + pixel // PX  # [pixels]
-    x = x_start[None, :] + (pid % blocks_x * PX + pixel % PX)[:, None]
-    inside = (y < y_stop) & (y >= row0) & (y < row0 + rows)
-    inside = inside[:, None] & (x < x_stop[None, :]) & (j < w)[None, :]
-    fy = _place(y.to(h.dtype), i, h, big_h)[:, None]
-    fx = _place(x.to(w.dtype), wide[None, :], w, big_w)
+    fy, fx = (), ()
+    for py in tl.static_range(PY):
+        fy = fy + (_place((y_start + py).to(h.dtype), i, h, big_h),)
+    for px in tl.static_range(PX):
+        fx = fx + (_place((x_start + px).to(w.dtype), wide, w, big_w),)
 
-    zeros = tl.zeros([CELLS], h.dtype)  # the interpreter cannot combine scalar masks with blocks
-    total = tl.zeros([PY * PX, CELLS], tl.float32)
-    acc = ()  # [pixels, cells] of each channel
-    for _ in tl.static_range(C):
-        acc = acc + (tl.zeros([PY * PX, CELLS], tl.float32),)
+    # The interpreter cannot combine scalar masks with blocks.
+    zeros, zeros_32 = tl.zeros([CELLS], h.dtype), tl.zeros([CELLS], tl.int32)
+    total, acc = (), ()  # of each pixel, and of each pixel and channel
+    for _ in tl.static_range(PY * PX):
+        total = total + (tl.zeros([CELLS], tl.float32),)
+    for _ in tl.static_range(PY * PX * C):
+        acc = acc + (tl.zeros([CELLS], tl.float32),)
     for n in range((2 * R + 1) * (2 * R + 1)):
         di, dj = n // (2 * R + 1) - R, n % (2 * R + 1) - R
         ii, jj = zeros + i + di, j + dj
@@ -186,41 +196,46 @@ def splat_forward(
                 sigma, rho, opacity, offset, g, plane, row, jj, exists, HAS_OFFSET
             )
             a2, b2, c2 = _exponent(sy, sx, r)
-            dy, dx = fy - (oy + di)[None, :], fx - (ox + dj)[None, :]
-            e = _falloff(a2[None, :], b2[None, :], c2[None, :], dy, dx)
-            # The opacity goes with what is multiplied by the falloff anyway.
-            total += alpha[None, :] * e
-            sums = ()
+            v = ()  # the opacity goes with what is multiplied by the falloff anyway
             for c in tl.static_range(C):
-                at = values + ((g * C + c) * plane + row) + jj
-                v = alpha * tl.load(at, exists, other=0.0).to(tl.float32)
-                sums = sums + (acc[c] + v[None, :] * e,)
-            acc = sums
+                at = b * values_b + (g - b * K) * values_k + c * plane + row
+                v = v + (alpha * tl.load(values + at + jj, exists, other=0.0).to(tl.float32),)
+            totals, sums = (), ()
+            for p in tl.static_range(PY * PX):
+                e = _falloff(a2, b2, c2, fy[p // PX] - (oy + di), fx[p % PX] - (ox + dj))
+                totals = totals + (total[p] + alpha * e,)
+                for c in tl.static_range(C):
+                    sums = sums + (acc[p * C + c] + v[c] * e,)
+            total, acc = totals, sums
 
-    line = (y - row0).to(tl.int64) * big_w
-    at = line[:, None] + x
-    if NORMALIZE:
-        share = 1.0 / (total + eps)
-    if PREPARE:
-        # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight is
-        # sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
-        s = tl.zeros([PY * PX, CELLS], tl.float32)
-        for c in tl.static_range(C):
-            scaled = tl.load(grad + (b * C + c) * size + at, inside, other=0.0).to(tl.float32)
-            scaled = scaled * share
-            s += scaled * (acc[c] * share)
-            tl.store(out + (b * (C + 1) + c) * size + at, scaled, inside)
-        tl.store(out + (b * (C + 1) + C) * size + at, s, inside)
-    else:
-        for c in tl.static_range(C):
-            value = acc[c] * share if NORMALIZE else acc[c]
-            tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
+    for p in tl.static_range(PY * PX):
+        y, x = zeros_32 + (y_start + p // PX), x_start + p % PX
+        inside = (x < x_stop) & (j < w) & (y >= row0) & (y < y_stop)
+        at = (y - row0).to(tl.int64) * big_w + x
+        if NORMALIZE:
+            share = 1.0 / (total[p] + eps)
+        if PREPARE:
+            # With W = sum w + eps, g' = g / W and s = sum_c g'_c out_c, the gradient of a weight
+            # is sum_c g'_c v_c - s. Both are written here, for `splat_backward` to gather.
+            s = tl.zeros([CELLS], tl.float32)
+            for c in tl.static_range(C):
+                scaled = tl.load(grad + (b * C + c) * size + at, inside, other=0.0).to(tl.float32)
+                scaled = scaled * share
+                s += scaled * (acc[p * C + c] * share)
+                tl.store(out + (b * (C + 1) + c) * size + at, scaled, inside)
+            tl.store(out + (b * (C + 1) + C) * size + at, s, inside)
+        else:
+            for c in tl.static_range(C):
+                value = acc[p * C + c]
+                if NORMALIZE:
+                    value = value * share
+                tl.store(out + (b * C + c) * size + at, value.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@_jit
 def splat_backward(
     grad, values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w, big_h, big_w, top, held, row0, rows,
+    values_b, values_k, h, w, big_h, big_w, top, held, row0, rows,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, WIDE: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +267,7 @@ def splat_backward(
     my, mx = tl.zeros_like(d_alpha), tl.zeros_like(d_alpha)
     v, dv = (), ()  # [cells] of each channel
     for c in tl.static_range(C):
-        at = (g * C + c) * plane + row + j
+        at = g // K * values_b + g % K * values_k + c * plane + row + j
         v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
         dv = dv + (tl.zeros([CELLS], tl.float32),)
     # The HR pixels of the cells within R are one run of rows and one of columns.
@@ -304,10 +319,10 @@ def _nearest(p, n):
     return tl.minimum(tl.maximum(tl.floor(p + 0.5), 0.0), (n - 1).to(p.dtype))
 
 
-@triton.jit(do_not_specialize=SIZES[:2])
+@_jit
 def points_forward(
     values, sigma, rho, opacity, offset, points, grad, out,
-    h, w, queries, eps,
+    values_b, values_k, h, w, queries, eps,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, PREPARE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -343,7 +358,8 @@ def points_forward(
             total += weight
             sums = ()
             for c in tl.static_range(C):
-                v = tl.load(values + (g * C + c) * plane + at, exists, other=0.0).to(tl.float32)
+                own = b * values_b + (g - b * K) * values_k + c * plane
+                v = tl.load(values + own + at, exists, other=0.0).to(tl.float32)
                 sums = sums + (acc[c] + weight * v,)
             acc = sums
 
@@ -363,11 +379,11 @@ def points_forward(
             tl.store(out + place * C + c, value.to(out.dtype.element_ty), real)
 
 
-@triton.jit(do_not_specialize=SIZES[:2])
+@_jit
 def points_backward(
     grad, points, order, starts,
     values, sigma, rho, opacity, offset, d_values, d_sigma, d_rho, d_opacity, d_offset,
-    h, w,
+    values_b, values_k, h, w,
     K: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +404,7 @@ def points_backward(
     a2, b2, c2 = _exponent(sy, sx, r)
     v, dv = (), ()
     for c in tl.static_range(C):
-        at = (g * C + c) * plane + row + j
+        at = g // K * values_b + g % K * values_k + c * plane + row + j
         v = v + (tl.load(values + at, own, other=0.0).to(tl.float32),)
         dv = dv + (tl.zeros([CELLS], tl.float32),)
 
@@ -471,10 +487,31 @@ def _pointers(gaussians: Gaussians) -> list[Tensor]:
     return [gaussians.values if t is None else t for t in gaussians]
 
 
+def _strides(values: Tensor) -> tuple[int, int]:
+    """values_b and values_k."""
+    return values.stride(0), values.stride(1)
+
+
+def _laid_out(gaussians: Gaussians) -> Gaussians:
+    """The Gaussians as the kernels read them: contiguous, but for the values' first two axes.
+
+    What a head cuts from the output of its convolution is not copied.
+    """
+    values = gaussians.values
+    *_, h, w = values.shape
+    planes = values.stride()[2:] == (h * w, w, 1)
+    laid_out = gaussians._replace(values=gaussians.rho).map(Tensor.contiguous)
+    return laid_out._replace(values=values if planes else values.contiguous())
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def forward(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat`: [B, C, stop - start, W] in values' type."""
     parts = split_channels(gaussians, CHANNELS)
-    return torch.cat([_forward(part, grid, weighting) for part in parts], 1)
+    return _join([_forward(part, grid, weighting) for part in parts], 1)
 
 
 def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
@@ -486,7 +523,7 @@ def backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weightin
 def _forward(
     gaussians: Gaussians, grid: Grid, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
-    gaussians, prepare = gaussians.map(Tensor.contiguous), grad is not None
+    gaussians, prepare = _laid_out(gaussians), grad is not None
     values = gaussians.values
     b, _, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
@@ -495,16 +532,16 @@ def _forward(
         device=values.device, dtype=torch.float32 if prepare else values.dtype,
     )  # fmt: skip
     kind, wide = "prepare" if prepare else "forward", _wide(h, w, big_h, big_w)
-    cell = triton.cdiv(big_h, h), triton.cdiv(big_w, w)
-    config = splat_config(kind, values.device, cell, channels=c, wide=wide)
-    blocks_y, blocks_x = triton.cdiv(cell[0], config["PY"]), triton.cdiv(cell[1], config["PX"])
+    config = splat_config(kind, values.device, (big_h / h, big_w / w), channels=c)
+    blocks_y = triton.cdiv(triton.cdiv(big_h, h), config["PY"])
+    blocks_x = triton.cdiv(triton.cdiv(big_w, w), config["PX"])
     across = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x
     # Rows of cells: from that of the first HR row wanted to that of the last one.
     i0, i1 = ((2 * y + 1) * h // (2 * big_h) for y in (start, stop - 1))
     lines = i1 + 1 - i0
     launch(
         splat_forward, (across * lines * b,),
-        *_pointers(gaussians), values if grad is None else grad, out,
+        *_pointers(gaussians), values if grad is None else grad, out, *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start, i0, lines, blocks_y, blocks_x,
         weighting.eps, PREPARE=prepare, WIDE=wide, **_constants(gaussians, weighting), **config,
     )  # fmt: skip
@@ -512,20 +549,19 @@ def _forward(
 
 
 def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Gaussians:
-    grad, gaussians = grad.contiguous(), gaussians.map(Tensor.contiguous)
+    grad, gaussians = grad.contiguous(), _laid_out(gaussians)
     values = gaussians.values
     if weighting.normalize:
         grad = _forward(gaussians, grid, weighting, grad=grad)
     b, k, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
     gradients = gaussians.map(_empty_gradient)
-    cell, wide = (triton.cdiv(big_h, h), triton.cdiv(big_w, w)), _wide(h, w, big_h, big_w)
-    config = splat_config("backward", values.device, cell, channels=c, wide=wide)
+    config = splat_config("backward", values.device, (big_h / h, big_w / w), channels=c)
     launch(
         splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
-        grad, *_pointers(gaussians), *_pointers(gradients),
+        grad, *_pointers(gaussians), *_pointers(gradients), *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start,
-        WIDE=wide, **_constants(gaussians, weighting), **config,
+        WIDE=_wide(h, w, big_h, big_w), **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients
 
@@ -537,7 +573,7 @@ def _empty_gradient(tensor: Tensor) -> Tensor:
 def forward_at(gaussians: Gaussians, points: Tensor, weighting: Weighting) -> Tensor:
     """`gsr.ops.reference.splat_at`: [B, Q, C] in values' type."""
     parts = split_channels(gaussians, CHANNELS)
-    return torch.cat([_forward_at(part, points, weighting) for part in parts], 2)
+    return _join([_forward_at(part, points, weighting) for part in parts], 2)
 
 
 def backward_at(
@@ -551,11 +587,7 @@ def backward_at(
 def _forward_at(
     gaussians: Gaussians, points: Tensor, weighting: Weighting, *, grad: Tensor | None = None
 ) -> Tensor:
-    gaussians, points, prepare = (
-        gaussians.map(Tensor.contiguous),
-        points.contiguous(),
-        grad is not None,
-    )
+    gaussians, points, prepare = _laid_out(gaussians), points.contiguous(), grad is not None
     values, queries = gaussians.values, points.shape[1]
     b, _, c, h, w = values.shape
     out = torch.empty(
@@ -567,7 +599,7 @@ def _forward_at(
         launch(
             points_forward, (triton.cdiv(queries, config["BLOCK"]) * b,),
             *_pointers(gaussians), points, values if grad is None else grad, out,
-            h, w, queries, weighting.eps,
+            *_strides(values), h, w, queries, weighting.eps,
             PREPARE=prepare, **_constants(gaussians, weighting), **config,
         )  # fmt: skip
     return out
@@ -577,7 +609,7 @@ def _backward_at(
     grad: Tensor, gaussians: Gaussians, points: Tensor, weighting: Weighting
 ) -> Gaussians:
     grad, points = grad.contiguous(), points.contiguous()
-    gaussians = gaussians.map(Tensor.contiguous)
+    gaussians = _laid_out(gaussians)
     values = gaussians.values
     if weighting.normalize:
         grad = _forward_at(gaussians, points, weighting, grad=grad)
@@ -587,7 +619,8 @@ def _backward_at(
     config = points_config("backward", values.device)
     launch(
         points_backward, (triton.cdiv(w, config["CELLS"]) * h * b * k,),
-        grad, points, order, starts, *_pointers(gaussians), *_pointers(gradients), h, w,
+        grad, points, order, starts, *_pointers(gaussians), *_pointers(gradients),
+        *_strides(values), h, w,
         **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients
@@ -598,8 +631,9 @@ def sort_points(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
 
     The last number is where the last cell stops.
     """
-    extent = points.new_tensor([h - 1, w - 1])
-    y, x = torch.floor(points + 0.5).clamp(torch.zeros_like(extent), extent).long().unbind(-1)
+    # Numbers rather than a tensor of them, whose copy from the CPU would make it wait.
+    y, x = torch.floor(points + 0.5).unbind(-1)
+    y, x = y.clamp(0, h - 1).long(), x.clamp(0, w - 1).long()
     image = torch.arange(points.shape[0], device=points.device)[:, None]
     # Stable, so that the sums over a cell's points always run in the same order.
     cells, order = torch.sort(((image * h + y) * w + x).flatten(), stable=True)

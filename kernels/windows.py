@@ -28,6 +28,9 @@ from torch import Tensor
 from .configs import windows_config
 from .splat import launch
 
+# As in kernels/splat.py: no compilations for particular numbers.
+_jit = triton.jit(do_not_specialize=["rows", "columns", "count", "ky", "kx", "blocks"])
+
 
 @triton.jit
 def _tap(i, y, k, WINDOW: tl.constexpr, TAPS: tl.constexpr):
@@ -40,7 +43,7 @@ def _tap(i, y, k, WINDOW: tl.constexpr, TAPS: tl.constexpr):
     return position // parts - k, (position % parts).to(tl.float32) / parts
 
 
-@triton.jit
+@_jit
 def windows_weights(
     kernels, out, ky, kx, WINDOW: tl.constexpr, TAPS: tl.constexpr, NP: tl.constexpr
 ):
@@ -87,7 +90,7 @@ def _features(features, lr, columns, m, count, WINDOW: tl.constexpr, NP: tl.cons
     return tl.load(features + at, mask, other=0.0).to(tl.float32), at, mask
 
 
-@triton.jit
+@_jit
 def windows_forward(
     features, weights, out, rows, columns, count, ky, kx,
     WINDOW: tl.constexpr, NP: tl.constexpr,
@@ -122,7 +125,7 @@ def _masked_gradient(
     return tl.where((product >= 0.0) & (product <= 1.0), g, 0.0)
 
 
-@triton.jit
+@_jit
 def windows_backward_features(
     grad, features, weights, d_features, rows, columns, count, ky, kx,
     WINDOW: tl.constexpr, NP: tl.constexpr,
@@ -141,7 +144,7 @@ def windows_backward_features(
     tl.store(d_features + at, d, mask)
 
 
-@triton.jit
+@_jit
 def windows_backward_weights(
     grad, features, weights, d_weights, rows, columns, count, ky, kx, blocks,
     WINDOW: tl.constexpr, NP: tl.constexpr,

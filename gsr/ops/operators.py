@@ -52,7 +52,8 @@ def splat(
         size: (H, W).
         offset: [B, K, 2, h, w], centre (y, x) relative to the LR pixel's, LR pixels.
         radius: each HR pixel sums over the (2 radius + 1)^2 nearest LR pixels.
-        normalize: divide by the total weight plus `eps`.
+        normalize: divide by the total weight plus `eps`, > 0: where no weight is left the result
+            is 0.
         rows: (start, stop): only these rows, [B, C, stop - start, W].
         band: (top, height): the tensors hold only the rows from `top` on, h of them, of an image
             that is `height` LR pixels high; those within `radius` of the HR rows must be among them
@@ -61,23 +62,27 @@ def splat(
     All tensors have one floating type and device. Sums and geometry are at least float32.
 
     Raises:
-        ValueError: a shape, type or device does not fit, `rows` are not rows of the image, or the
-            band lacks LR rows.
+        ValueError: a shape, type or device does not fit, `eps` is not above 0, `rows` are not rows
+            of the image, or the band lacks LR rows.
 
     Source: GaussianSR (AAAI 2025), section 3; the formula is in `gsr.ops.reference.splat_at`.
     """
     _check(Gaussians(values, sigma, rho, opacity, offset), radius)
+    _check_weighting(normalize, eps)
     rows = (0, size[0]) if rows is None else rows
     if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
         raise ValueError(f"rows {tuple(rows)} are not rows of an image of size {tuple(size)}")
     h = values.shape[-2]
-    top, height = band = (0, h) if band is None else band
-    start, stop = rows_needed(rows, height, size[0], radius)
-    if not (0 <= top <= start and stop <= top + h <= height):
-        raise ValueError(
-            f"HR rows {tuple(rows)} need LR rows {start} to {stop - 1} of {height}, but the "
-            f"tensors hold rows {top} to {top + h - 1}"
-        )
+    if band is None:  # nothing that an export would have to guard: a whole image has all rows
+        band = 0, h
+    else:
+        top, height = band
+        start, stop = rows_needed(rows, height, size[0], radius)
+        if not (0 <= top <= start and stop <= top + h <= height):
+            raise ValueError(
+                f"HR rows {tuple(rows)} need LR rows {start} to {stop - 1} of {height}, but the "
+                f"tensors hold rows {top} to {top + h - 1}"
+            )
     return _call(
         _splat, _run_splat, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps,
         band,
@@ -108,6 +113,7 @@ def splat_at(
     function of it.
     """
     _check(Gaussians(values, sigma, rho, opacity, offset), radius)
+    _check_weighting(normalize, eps)
     if points.dim() != 3 or points.shape[0] != values.shape[0] or points.shape[2] != 2:
         raise ValueError(f"points must be [{values.shape[0]}, Q, 2], not {list(points.shape)}")
     if points.dtype not in (torch.float32, torch.float64) or points.device != values.device:
@@ -179,6 +185,11 @@ def _check(gaussians: Gaussians, radius: int) -> None:
         raise ValueError(f"radius must be at least 0, not {radius}")
 
 
+def _check_weighting(normalize: bool, eps: float) -> None:
+    if normalize and not eps > 0:
+        raise ValueError(f"eps must be above 0, which pixels without any weight need, not {eps}")
+
+
 # ---- backends -----------------------------------------------------------------------------------
 
 
@@ -226,8 +237,10 @@ def _call(op: Callable[..., Tensor], run: Callable[..., Tensor], *arguments: Any
     The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that
     nobody needs who upscales an image.
     """
-    watched = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
-    return (op if watched or type(arguments[0]) is not Tensor else run)(*arguments)
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    watched = not torch.is_inference_mode_enabled() or type(arguments[0]) is not Tensor
+    return _functional(op, *arguments) if watched else run(*arguments)
 
 
 # ---- splat --------------------------------------------------------------------------------------
@@ -238,7 +251,8 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _outputs(gradients: Gaussians, gaussians: Gaussians) -> Five:
     """Gradients in the types of what they belong to; an operator returns no None."""
     values, sigma, rho, opacity, offset = (
-        torch.empty(0) if g is None or t is None else g.to(t.dtype)
+        # On the same device: a CUDA graph has no place for a tensor of the CPU.
+        gaussians.values.new_empty(0) if g is None or t is None else g.to(t.dtype)
         for g, t in zip(gradients, gaussians, strict=True)
     )
     return values, sigma, rho, opacity, offset
@@ -409,14 +423,61 @@ def _inputs(ctx: Any) -> list[Any]:
 
 def _gradients(backward: Callable[..., Five], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _inputs(ctx)
-    *four, d_offset = backward(grad, *inputs)
+    *four, d_offset = _functional(backward, grad, *inputs)
     return (*four, None if inputs[4] is None else d_offset, *[None] * (len(inputs) - 5))
 
 
 def _windows_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_splat_windows_backward(grad, *_inputs(ctx)), None)
+    return (*_functional(_splat_windows_backward, grad, *_inputs(ctx)), None)
 
 
-_splat.register_autograd(functools.partial(_gradients, _splat_backward), setup_context=_keep)
-_splat_at.register_autograd(functools.partial(_gradients, _splat_at_backward), setup_context=_keep)
-_splat_windows.register_autograd(_windows_gradients, setup_context=_keep)
+def _refuse(ctx: Any, grad: Tensor, *_: Tensor) -> None:
+    raise NotImplementedError("splats can be differentiated once, not twice")
+
+
+_AUTOGRAD = {
+    _splat: functools.partial(_gradients, _splat_backward),
+    _splat_at: functools.partial(_gradients, _splat_at_backward),
+    _splat_windows: _windows_gradients,
+}
+
+
+def _one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The vmap rule of an operator: called for each index, and the results stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(
+                a if d is None or not isinstance(a, Tensor) else a.select(d, i)
+                for a, d in zip(arguments, in_dims, strict=True)
+            ))
+            for i in range(info.batch_size)
+        ]  # fmt: skip
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+_FUNCTIONS: dict[Any, Any] = {}
+
+
+def _functional(op: Any, *arguments: Any) -> Any:
+    """op(...), also within torch.func, which does not see the gradients of PyTorch's registry."""
+    if not torch._C._are_functorch_transforms_active():  # pyright: ignore[reportPrivateUsage]
+        return op(*arguments)
+    return _FUNCTIONS[op].apply(*arguments)
+
+
+for _op, _backward in _AUTOGRAD.items():
+    _op.register_autograd(_backward, setup_context=_keep)
+for _op in (*_AUTOGRAD, _splat_backward, _splat_at_backward, _splat_windows_backward):
+    torch.library.register_vmap(_op, _one_by_one(_op))
+    _FUNCTIONS[_op] = type("Function", (torch.autograd.Function,), {
+        "forward": staticmethod(_op),
+        "setup_context": staticmethod(_keep),
+        "backward": staticmethod(_AUTOGRAD.get(_op, _refuse)),
+        "generate_vmap_rule": True,
+    })  # fmt: skip

@@ -1,6 +1,7 @@
 """The benchmarks at their smallest sizes: what they write fits the schema, and they count right."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -110,7 +111,7 @@ def test_model_counts_every_weight(static):
     )  # fmt: skip
     code = static.disassemble(compiled)
     assert static._hot(code)["MUFU.EX2"] == 4  # one for each of 2 x 2 pixels
-    counted = static.count("splat_forward", {**config}, 1, code, compiled, s)
+    counted = static.count("splat_forward", {**config}, 1, code, s)
     # An exponential a weight, and besides only the reciprocals of 1 - rho^2, sigma and the weight.
     assert s.weights <= 32 * counted["mufu"] < 2.5 * s.weights
     row = static.model_row(chip, use, s, "forward", config)
@@ -190,7 +191,7 @@ def test_autotune_without_a_gpu_prints_what_survives(static, monkeypatch, capsys
 
 
 def test_tuned_configurations_count_only_on_request(configs, tmp_path, monkeypatch):
-    cpu, sizes = torch.device("cpu"), {"cell": (4, 4), "channels": 3}
+    cpu, sizes = torch.device("cpu"), {"scale": (4.0, 4.0), "channels": 3}
     shipped = configs.splat_config("forward", cpu, **sizes)
     tuned = {**shipped, "CELLS": 128}
     path = tmp_path / "gaussiansr" / "tuned.json"
@@ -209,15 +210,23 @@ def test_tuned_configurations_count_only_on_request(configs, tmp_path, monkeypat
 
 
 def test_shipped_blocks_suit_their_cells(configs):
-    for kind in ("forward", "prepare"):
-        for channels in (1, 3, 4, 8, 16, 32, 33):
-            for cy in range(1, 12):
-                for cx in range(1, 12):
-                    for arch in ("default", "sm_80", "gfx942"):
-                        config = configs.choose_splat(kind, arch, (cy, cx), channels=channels)
-                        assert config["PY"] <= configs.bucket(cy)
-                        assert config["PX"] <= configs.bucket(cx)
-                        assert config["PY"] * config["PX"] * channels <= 64
+    scales = (0.4, 1, 1.5, 2, 2.1, 3, 3.9, 4, 4.1, 5, 6.5, 9, 30)
+    for channels in (1, 3, 4, 8, 16, 33):
+        for sy in scales:
+            for sx in scales:
+                py, px = configs.choose_block((sy, sx), channels)
+                assert 1 <= py <= math.ceil(sy) and 1 <= px <= math.ceil(sx)
+                assert configs.fits(py, px, channels)
+
+
+@pytest.mark.parametrize("scale, least", [(4, 1), (5, 1), (4.1, 0.75), (2.5, 0.65), (3.3, 0.65)])
+def test_few_pixels_of_a_block_are_spare(configs, scale, least):
+    """Of the bundled model: whole numbers need all of them, others most."""
+    py, px = configs.choose_block((scale, scale), 3)
+    part = scale % 1
+    rows = (1 - part) * math.ceil(scale // 1 / py) + part * math.ceil(math.ceil(scale) / py)
+    slots = rows * py * math.ceil(math.ceil(scale) / px) * px
+    assert scale**2 / slots >= least
 
 
 # ---- plots --------------------------------------------------------------------------------------

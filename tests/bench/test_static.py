@@ -31,8 +31,6 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        if target != "sm_90" and constants.get("R") == 2:
-            continue  # the radius is but the length of a loop: on one architecture it is enough
         use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE"))
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
@@ -87,6 +85,16 @@ def test_other_numbers_of_gaussians(target, gaussians):
         if constants.get("C") == 3 and constants["R"] == 1
     ]
     assert over_the_ceilings(target, of_direct) == []
+
+
+def test_no_compilation_for_particular_numbers():
+    """Of rows, sizes and strides, which change from strip to strip and from image to image."""
+    for kernel in KERNELS:
+        parameters = static.kernel_of(kernel).params
+        pointers = {*static.STORED, *static.POINTERS}
+        numbers = [p for p in parameters if not p.is_constexpr and p.name not in pointers]
+        assert numbers
+        assert [p.name for p in numbers if not p.do_not_specialize and p.name != "eps"] == []
 
 
 def test_all_kernels_are_shipped_to_every_target():

@@ -107,6 +107,7 @@ def run(kernels=None) -> dict[str, float]:
         shared = {
             "K": K, "C": C, "R": R, "NORMALIZE": True, "HAS_OFFSET": True,
         }  # fmt: skip
+        strides = K * C * SIDE**2, C * SIDE**2
         block, across = SIDE // CELLS, -(-SIDE // CELLS)
         backward = ((B * K - 1) * SIDE + SIDE - 1) * across + block
         wide = kernels._wide(SIDE, SIDE, HR, HR)
@@ -133,8 +134,8 @@ def run(kernels=None) -> dict[str, float]:
         for prepare, target, true in ((False, out, want), (True, out_prepared, prepared.double())):
             with program((B - 1) * across + block):
                 kernels.splat_forward[(1, 1, 1)](
-                    *inputs, big_grad, target, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR, SIDE - 1,
-                    1, 1, 1, EPS,
+                    *inputs, big_grad, target, *strides, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR,
+                    SIDE - 1, 1, 1, 1, EPS,
                     PREPARE=prepare, WIDE=wide, PY=2, PX=2, CELLS=CELLS, **shared,
                 )  # fmt: skip
             found = target[-1, :, -HR_ROWS:, -HR_COLUMNS:][:, own_y:, own_x:]
@@ -142,7 +143,7 @@ def run(kernels=None) -> dict[str, float]:
         out_prepared[-1, :, -HR_ROWS:, -HR_COLUMNS:] = prepared[-1]
         with program(backward):
             kernels.splat_backward[(1, 1, 1)](
-                out_prepared, *inputs, *gradients, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR,
+                out_prepared, *inputs, *gradients, *strides, SIDE, SIDE, HR, HR, 0, SIDE, 0, HR,
                 WIDE=wide, CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("splat_backward", want_grads)
@@ -163,7 +164,7 @@ def run(kernels=None) -> dict[str, float]:
         ):
             with program((B - 1) * (last + 1) + last):
                 kernels.points_forward[(1,)](
-                    *inputs, big_points, big_grad, target, SIDE, SIDE, QUERIES, EPS,
+                    *inputs, big_points, big_grad, target, *strides, SIDE, SIDE, QUERIES, EPS,
                     PREPARE=prepare, BLOCK=128, **shared,
                 )  # fmt: skip
             compare(f"points_forward {prepare=}", target[-1, -count:], true[-1, -count:])
@@ -182,8 +183,8 @@ def run(kernels=None) -> dict[str, float]:
         big_starts[:-1].view(B, SIDE, SIDE)[-1, TOP + 1 :, 0] = corner_starts[1:, 0]
         with program(backward):
             kernels.points_backward[(1, 1, 1)](
-                out_prepared, big_points, big_order, big_starts, *inputs, *gradients, SIDE, SIDE,
-                CELLS=CELLS, **shared,
+                out_prepared, big_points, big_order, big_starts, *inputs, *gradients, *strides,
+                SIDE, SIDE, CELLS=CELLS, **shared,
             )  # fmt: skip
         gradient_errors("points_backward", want_grads_at)
     return errors | longest_row_of_32_bits(kernels)
@@ -245,11 +246,11 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
     last = (w - 1) // CELLS
     with program(last):
         kernels.splat_forward[(1, 1, 1)](
-            *inputs, grad, out, 1, w, 1, big_w, 0, 1, 0, 1, 0, 1, 1, 1, EPS,
+            *inputs, grad, out, w, w, 1, w, 1, big_w, 0, 1, 0, 1, 0, 1, 1, 1, EPS,
             PREPARE=False, PY=1, PX=2, **shared,
         )  # fmt: skip
         kernels.splat_backward[(1, 1, 1)](
-            grad, *inputs, *gradients, 1, w, 1, big_w, 0, 1, 0, 1, **shared
+            grad, *inputs, *gradients, w, w, 1, w, 1, big_w, 0, 1, 0, 1, **shared
         )
     names = ["out", *(f"d_{name}" for name in INPUTS)]
     errors = {}

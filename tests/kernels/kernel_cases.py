@@ -65,6 +65,7 @@ class Case:
     opacity: tuple[float, float] = (0.0, 1.0)
     dtype: str = "float32"
     views: bool = False  # inputs transposed, sliced and expanded
+    part: bool = False  # the values are channels of a larger tensor, as a head has them
     grad: str = "drawn"  # or ones, as .sum() sends; or transposed
     arch: str = ""  # with the block sizes of this architecture, not of the machine's
     # Where float32 itself is further from float64 than the usual tolerance, the reason. The bound
@@ -150,6 +151,8 @@ CASES = [
     Case("float16 views", (2, 4), (3, 7), b=2, dtype="float16", views=True),
     Case("views", (2, 4), (3, 7), b=2, k=2, views=True, grad="transposed"),
     Case("views, no offset", (2, 4), (3, 7), b=2, views=True, offset=False, grad="ones"),
+    Case("values of a larger tensor", (2, 4), (3, 7), b=2, k=2, part=True),
+    Case("C11 of a larger tensor", (2, 3), (3, 5), b=2, k=2, c=11, part=True, dtype="float16"),
     Case("ones", (2, 4), (3, 7), k=2, grad="ones"),
     Case("ones, not normalized", (2, 4), (3, 7), k=2, grad="ones", normalize=False),
     # ---- the grid: block sizes
@@ -183,6 +186,7 @@ CASES = [
     Case("at float16, not normalized", (2, 4), points=20, dtype="float16", normalize=False),
     Case("at views", (2, 4), points=20, b=2, k=2, views=True, grad="transposed"),
     Case("at ones", (2, 4), points=20, k=2, grad="ones"),
+    Case("at values of a larger tensor", (2, 4), points=20, b=2, k=2, part=True),
 ]  # fmt: skip
 
 # Too large for the interpreter.
@@ -268,6 +272,11 @@ def draw(case: Case, device) -> tuple[Gaussians, tuple[Grid | Tensor, Weighting]
     if case.views:
         opacity = gaussians.opacity[:1, :1, :, :1].expand(b, k, h, w)
         gaussians = gaussians._replace(opacity=opacity)
+    if case.part:
+        values = gaussians.values
+        around = torch.full_like(values, math.nan)
+        values = torch.cat([around, values, around], dim=2)[:, :, case.c : 2 * case.c]
+        gaussians = gaussians._replace(values=values)
     return gaussians, (where, Weighting(case.radius, case.normalize, case.eps))
 
 
@@ -334,8 +343,8 @@ def block_sizes(case: Case, kernels):
         return
     configs = importlib.import_module("gsr.kernels.configs")
 
-    def splat_config(kind, device, cell, **more):
-        return configs.choose_splat(kind, case.arch, cell, **more)
+    def splat_config(kind, device, scale, **more):
+        return configs.choose_splat(kind, case.arch, scale, **more)
 
     def points_config(kind, device):
         return configs.choose_points(kind, case.arch)

@@ -60,6 +60,14 @@ def test_interpreted(version, script):
         assert [n for n, e in found.items() for k, v in e.items() if not v <= bounds[k]] == []
 
 
+def test_blocks_by_version(monkeypatch):
+    from gsr.kernels import configs
+
+    for version, expected in (("3.3.1", 32), ("3.4.0+git1", 64), ("3.10.0", 64), ("4.0", 64)):
+        monkeypatch.setattr("triton.__version__", version)
+        assert configs.choose_windows("forward", "sm_90")["PIXELS"] == expected
+
+
 def row(arch, kind, *, spills=0):
     config = static.configs.choose_splat(kind, arch, (4, 4), channels=3)
     return schema.row(
