@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -184,6 +185,16 @@ def test_damage_in_the_middle(tmp_path):
     refused(path, "truncated, damaged or not a PyTorch file")
 
 
+def test_a_file_that_unpacks_to_many_times_its_size(content, tmp_path, monkeypatch):
+    whole, small = saved(content, tmp_path), tmp_path / "small.pth"
+    with zipfile.ZipFile(whole) as read, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as write:
+        for name in read.namelist():
+            write.writestr(name, read.read(name))
+        write.writestr(f"{name.split('/')[0]}/data/9999", bytes(2**25))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("unpacked"))
+    refused(small, "truncated, damaged or not a PyTorch file")
+
+
 @pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n" + bytes(range(256)), b"hello, world\n"])
 def test_other_files(tmp_path, data):
     path = tmp_path / "other.pth"
@@ -349,6 +360,16 @@ def test_many_faults_are_counted(content, tmp_path):
 def test_values_that_cannot_be_weights(content, tmp_path, value, pattern):
     content["model"]["sd"]["sigma_x"] = value
     refused(saved(content, tmp_path), f"sigma_x .*{pattern}")
+
+
+def test_weights_of_8_bits(content, tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        weights = {
+            name: t.to(dtype) if t.is_floating_point() else t
+            for name, t in content["model"]["sd"].items()
+        }
+        path = saved({"model": {**content["model"], "sd": weights}}, tmp_path)
+        assert all(p.dtype == torch.float32 for p in load_published(path).parameters())
 
 
 def test_points_that_are_no_grid(tmp_path):
