@@ -138,7 +138,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
             inside = check_path(output).resolve()
             found += [
                 (str(image), image.relative_to(path))
-                for image in list_images(path, (*READ_SUFFIXES, ".avif", ".gif"))
+                for image in list_images(path, (*READ_SUFFIXES, ".avif", ".gif", ".heic", ".heif"))
                 if inside not in image.resolve().parents
             ]
         elif not path.exists():

@@ -6,6 +6,7 @@ Images inside the library are either uint8 arrays [H, W, 3] or float32 tensors [
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -26,6 +27,8 @@ from gsr.io.paths import StrPath, check_path, check_takes_files
 
 # What is read when a folder is searched, and how each suffix is written.
 READ_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
+# The brands by which HEIC files name themselves, in bytes 4 to 12.
+HEIC = tuple(f"ftyp{brand}".encode() for brand in ("heic", "heix", "hevc", "hevx", "heim", "heis"))
 WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
@@ -59,10 +62,11 @@ def open_image(path: StrPath) -> Image.Image:
 def open_file(path: StrPath) -> BinaryIO:
     """Open an image file for reading; what is a pipe is read to its end, "-" is standard input.
 
-    The file can seek. Raises InputError if it is not there, is a folder, empty or not readable.
+    The file can seek. Raises InputError if it is not there, is a folder, empty or not readable, or
+    of a format whose extra is not installed.
     """
     if str(path) == "-":
-        return _not_empty(io.BytesIO(sys.stdin.buffer.read()), "standard input")
+        return _checked(io.BytesIO(sys.stdin.buffer.read()), "standard input")
     path = check_path(path)
     if not path.exists():
         raise InputError(f"{path}: there is no such file")
@@ -71,21 +75,38 @@ def open_file(path: StrPath) -> BinaryIO:
     try:
         file = open(path, "rb")
         if path.is_file():
-            return _not_empty(file, path)
+            return _checked(file, path)
         with file:
-            return _not_empty(io.BytesIO(file.read()), path)
+            return _checked(io.BytesIO(file.read()), path)
     except PermissionError:
         raise InputError(f"{path} may not be read; check its permissions") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _not_empty(file: BinaryIO, name: StrPath) -> BinaryIO:
-    if not file.read(1):  # a plugin without magic bytes might take it
-        file.close()
-        raise InputError(f"{name} is empty; give a PNG, JPEG, WebP, TIFF or BMP file")
+def _checked(file: BinaryIO, name: StrPath) -> BinaryIO:
+    head = file.read(12)
     file.seek(0)
+    try:
+        if not head:  # a plugin without magic bytes might take it
+            raise InputError(f"{name} is empty; give a PNG, JPEG, WebP, TIFF or BMP file")
+        if head[4:] in HEIC:
+            _register_heif(name)
+    except InputError:
+        file.close()
+        raise
     return file
+
+
+def _register_heif(name: StrPath) -> None:
+    """Make Pillow read HEIC files, which need a library of their own."""
+    try:
+        plugin = importlib.import_module("pi_heif")
+    except ImportError:
+        raise InputError(
+            f"{name} is a HEIC file; install what reads them: pip install 'gaussiansr[heif]'"
+        ) from None
+    plugin.register_heif_opener()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Image files: every mode is read as RGB, broken files are refused, writing is atomic."""
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image, features
 
 from gsr.errors import InputError
 from gsr.io import image as gi
+from gsr.io.source import read_source, upright_size
 
 
 def refused(path, read=gi.read_image):
@@ -293,3 +296,23 @@ def test_an_animated_webp_is_lossy_by_its_frames(tmp_path, lossless):
     path = tmp_path / "a.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=lossless)
     assert gi.lossy_compression(path) == (None if lossless else "lossy WebP")
+
+
+HEIC = Path(__file__).parents[1] / "data" / "turned.heic"  # 64 x 48, to be turned by a quarter
+
+
+def test_heic():
+    pytest.importorskip("pi_heif")
+    image = gi.open_image(HEIC)
+    assert image.size == (48, 64) and gi.lossy_compression(HEIC) == "HEIF"
+    with gi.open_file(HEIC) as file:
+        source = read_source(file)
+        assert source.shape == (64, 48) == upright_size(Image.open(file))
+        assert source.meta.exif[0x010F] == "Maker"
+    assert np.array_equal(source.colour, np.array(image))
+
+
+def test_heic_without_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(InputError, match=r"turned.heic is a HEIC file; .*gaussiansr\[heif\]"):
+        gi.open_image(HEIC)
