@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,37 +20,49 @@ COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to colour type: grey, grey and al
 
 
 class PngWriter:
-    """Writes the rows of one image into a file.
-
-    Args:
-        file: empty, open for writing.
-        size: (H, W), pixels.
-        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
-        dtype: uint8 or uint16.
-        meta: profile, EXIF, XMP, resolution and texts to keep.
+    """Writes one image into a file that is empty and open for writing.
 
     Source: Portable Network Graphics (PNG) Specification, W3C, 2nd edition, sections 9 to 11; the
     choice of filters is that of section 12.8.
     """
 
-    def __init__(
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def page(
         self,
-        file: BinaryIO,
         size: tuple[int, int],
         channels: int,
         dtype: np.dtype[Any],
         meta: Metadata,
-    ):
-        self.file, self.height, self.done = file, size[0], 0
+        white: float | None = None,
+        duration: float | None = None,
+    ) -> tuple[Callable[[NDArray[Any]], None], Callable[[], None]]:
+        """Begin the image; returns what takes its next rows [n, W, channels], and what ends it.
+
+        Args:
+            size: (H, W), pixels.
+            channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+            dtype: uint8 or uint16.
+            meta: profile, EXIF, XMP, resolution and texts to keep.
+            white: of no use here, nor is duration: white is the largest level.
+
+        Ending raises ValueError if rows are missing.
+        """
+        self.height, self.done = size[0], 0
         self.pixel = channels * dtype.itemsize  # bytes
         self.big = np.dtype(f">u{dtype.itemsize}")
         self.above = np.zeros(size[1] * self.pixel, np.uint8)
         self.packer = zlib.compressobj()
-        file.write(b"\x89PNG\r\n\x1a\n")
+        self.file.write(b"\x89PNG\r\n\x1a\n")
         head = struct.pack(
             ">IIBBBBB", size[1], size[0], 8 * dtype.itemsize, COLOURS[channels], 0, 0, 0
         )
         self._chunk(b"IHDR", head)
+        self._write_meta(size, meta)
+        return self._write, self._end
+
+    def _write_meta(self, size: tuple[int, int], meta: Metadata) -> None:
         if meta.icc:
             self._chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(meta.icc))
         if meta.dpi is not None:
@@ -63,14 +76,14 @@ class PngWriter:
             name = key.encode("latin-1", "replace")[:79]
             self._chunk(b"iTXt", name + bytes(5) + text.encode(errors="replace"))
 
-    def write(self, rows: NDArray[Any]) -> None:
+    def _write(self, rows: NDArray[Any]) -> None:
         """Take the next rows [n, W, channels]."""
         data = np.ascontiguousarray(rows, self.big).tobytes()
         lines: Pixels = np.reshape(np.frombuffer(data, np.uint8), (len(rows), -1))
         self._chunk(b"IDAT", self.packer.compress(_filtered(lines, self.above, self.pixel).data))
         self.above, self.done = lines[-1].copy(), self.done + len(lines)
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """End the file. Raises ValueError if rows are missing."""
         if self.done != self.height:
             raise ValueError(f"{self.done} of {self.height} rows were written")

@@ -50,11 +50,12 @@ class TiffWriter:
         dtype: np.dtype[Any],
         meta: Metadata,
         white: float | None = None,
+        duration: float | None = None,
     ) -> tuple[Callable[[NDArray[Any]], None], Callable[[], None]]:
         """Begin a page; returns what takes its next rows [n, W, channels], and what ends it.
 
-        `white` is the level of white where it is not the largest of the type. Ending raises
-        ValueError if rows are missing.
+        `white` is the level of white where it is not the largest of the type; a page has no
+        duration. Ending raises ValueError if rows are missing.
         """
         height, width = size
         step = max(1, ROWS_BYTES // (width * channels * dtype.itemsize))

@@ -1,5 +1,7 @@
 """Image files written row by row: PNG and TIFF as the rows come, other formats at the end.
 
+A TIFF has several pages, and GIF, WebP, PNG and AVIF several frames of an animation.
+
 The file appears when it is complete, or not at all.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,34 @@ def depth_in(kind: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if f"{dtype.kind}{dtype.itemsize}" in held else np.dtype(held[-1])
 
 
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+
+Rows = Callable[[NDArray[Any]], None]
+
+
+class NextPage(Protocol):
+    """Begins the next page or frame; what it returns takes the rows [n, W, channels] of it.
+
+    Args:
+        size: (H, W), pixels.
+        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+        dtype: what `depth_in` returns for the format: uint8, uint16 or float32.
+        meta: what else the file shall say.
+        white: level of white where it is not the type's largest; TIFF alone says it.
+        duration: milliseconds that a frame of an animation is shown.
+    """
+
+    def __call__(
+        self,
+        size: tuple[int, int],
+        channels: int,
+        dtype: Any = np.uint8,
+        meta: Metadata | None = None,
+        white: float | None = None,
+        duration: float | None = None,
+    ) -> Rows: ...
+
+
 @contextmanager
 def image_writer(
     path: StrPath,
@@ -37,50 +67,120 @@ def image_writer(
     meta: Metadata | None = None,
     white: float | None = None,
     options: dict[str, Any] | None = None,
-) -> Generator[Callable[[NDArray[Any]], None]]:
+) -> Generator[Rows]:
     """Yield a function that takes the next rows of an image, [n, W, channels].
+
+    Arguments as of `NextPage` and `pages_writer`, which say what is raised.
+    """
+    total = size[0] * size[1] * channels * np.dtype(dtype).itemsize
+    with pages_writer(path, total, options) as next_page:
+        yield next_page(size, channels, dtype, meta, white)
+
+
+@contextmanager
+def pages_writer(
+    path: StrPath,
+    total: int,
+    options: dict[str, Any] | None = None,
+    *,
+    animated: bool = False,
+    plays: int = 0,
+) -> Generator[NextPage]:
+    """Yield a function that begins the next page, or frame of an animation; see `NextPage`.
 
     Args:
         path: of the file; its suffix says the format.
-        size: (H, W), pixels.
-        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
-        dtype: what `depth_in` returns for the format: uint8, uint16 or float32.
-        meta: what else the file shall say.
-        white: level of white where it is not the type's largest; TIFF alone says it.
+        total: bytes of all pages, without compression.
         options: Pillow's for the other formats, such as quality; None is its default.
+        animated: whether the pages of a format other than TIFF are frames.
+        plays: how often an animation is played; 0: for ever.
 
     Raises:
         InputError: the file cannot be written.
-        ValueError: rows are missing at the end.
+        ValueError: rows are missing in a page.
     """
-    kind, meta, dtype = file_format(path), meta or Metadata(), np.dtype(dtype)
+    kind = file_format(path)
     with atomic_file(path) as file:
-        if kind == "PNG":
-            png = PngWriter(file, size, channels, dtype, meta)
-            yield png.write
-            png.end()
-        elif kind == "TIFF":
-            total = size[0] * size[1] * channels * dtype.itemsize
-            write, end = TiffWriter(file, total).page(size, channels, dtype, meta, white)
-            yield write
-            end()
+        if kind == "TIFF":
+            pages: Any = TiffWriter(file, total)
+        elif kind == "PNG" and not animated:
+            pages = PngWriter(file)
         else:
-            yield from _gather(file, path, size, channels, {**meta.info(size), **(options or {})})
+            pages = _Gathered()
+        ends: list[Callable[[], None]] = []  # of the page that is being written
+
+        def next_page(
+            size: tuple[int, int],
+            channels: int,
+            dtype: Any = np.uint8,
+            meta: Metadata | None = None,
+            white: float | None = None,
+            duration: float | None = None,
+        ) -> Rows:
+            if ends:
+                ends.pop()()
+            rows, end = pages.page(
+                size, channels, np.dtype(dtype), meta or Metadata(), white, duration
+            )
+            ends.append(end)
+            return rows
+
+        yield next_page
+        if ends:
+            ends.pop()()
+        if isinstance(pages, _Gathered):
+            pages.save(file, path, options or {}, plays)
 
 
-def _gather(
-    file: BinaryIO, path: StrPath, size: tuple[int, int], channels: int, options: dict[str, Any]
-) -> Generator[Callable[[NDArray[Any]], None]]:
-    """Keep the rows, and have Pillow encode them at the end."""
-    image, done = np.empty((*size, channels), np.uint8), 0
+class _Gathered:
+    """Keeps all frames, to have Pillow encode them at the end."""
 
-    def write(rows: NDArray[Any]) -> None:
-        nonlocal done
-        image[done : done + len(rows)] = rows
-        done += len(rows)
+    def __init__(self) -> None:
+        self.frames: list[NDArray[np.uint8]] = []
+        self.durations: list[float] = []
+        self.info: dict[str, Any] = {}  # of the first frame
 
-    yield write
-    if done != size[0]:
-        raise ValueError(f"{done} of {size[0]} rows were written")
-    result = Image.fromarray(image[..., 0] if channels == 1 else image)
-    encode(file, path, result, options)
+    def page(
+        self,
+        size: tuple[int, int],
+        channels: int,
+        dtype: np.dtype[Any],
+        meta: Metadata,
+        white: float | None,
+        duration: float | None,
+    ) -> tuple[Rows, Callable[[], None]]:
+        """Begin a frame, as `TiffWriter.page` does a page."""
+        image, done = np.empty((*size, channels), np.uint8), 0
+
+        def write(rows: NDArray[Any]) -> None:
+            nonlocal done
+            image[done : done + len(rows)] = rows
+            done += len(rows)
+
+        def end() -> None:
+            if done != size[0]:
+                raise ValueError(f"{done} of {size[0]} rows were written")
+            if not self.frames:
+                self.info = meta.info(size)
+            self.frames.append(image)
+            self.durations.append(100 if duration is None else duration)
+
+        return write, end
+
+    def save(self, file: BinaryIO, path: StrPath, options: dict[str, Any], plays: int) -> None:
+        """Encode the frames as the suffix of `path` says."""
+        frames = [Image.fromarray(f[..., 0] if f.shape[2] == 1 else f) for f in self.frames]
+        options = {**self.info, **options}
+        if len(frames) > 1:
+            kind = file_format(path)
+            modes = {frame.mode for frame in frames}
+            if len(modes) > 1:  # the first frame of a GIF may be all there is without alpha
+                mode = "RGBA" if modes & {"LA", "RGBA"} else "RGB"
+                frames = [frame.convert(mode) for frame in frames]
+            # Of a GIF Pillow says how often it is repeated, if at all.
+            loop = plays if kind != "GIF" or plays == 0 else plays - 1 or None
+            options |= {"save_all": True, "append_images": frames[1:], "loop": loop}
+            options["duration"] = [round(d) for d in self.durations]
+            if kind == "GIF" and "A" in frames[0].mode:
+                options["disposal"] = 2  # or what was opaque would be seen through the next frame
+        encode(file, path, frames[0], options)
