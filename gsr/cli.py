@@ -137,8 +137,8 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="OUT",
-        help="file to write (.png, .jpg, .webp, .tiff, .avif or .bmp), or a folder: an existing "
-        "one, or with a / at its end; - is standard output",
+        help="file to write (.png, .jpg, .webp, .tiff, .avif, .gif or .bmp), or a folder: an "
+        "existing one, or with a / at its end; - is standard output",
     )
     how = up.add_mutually_exclusive_group(required=True)
     how.add_argument(
@@ -222,7 +222,7 @@ def _add_output_options(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument(
         "--format",
-        choices=("png", "jpg", "webp", "tiff", "avif", "bmp"),
+        choices=("png", "jpg", "webp", "tiff", "avif", "gif", "bmp"),
         help="format of files in a folder and of standard output (default: that of the source)",
     )
     up.add_argument(

@@ -1,6 +1,7 @@
 """`gsr upscale` as people use it: folders, sizes, pipes, files that are bad or there already."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import gsr
+import gsr.batch
 from gsr import cli
 from gsr.io.image import TEMPORARY, read_image, write_image
 from gsr.models.checkpoint import save_model
@@ -78,9 +80,11 @@ def test_one_bad_file_stops_no_other(here, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "2 of 4 images upscaled" and "Traceback" not in err
     lines = err.splitlines()
-    assert lines[0].startswith("gsr: error: in/a.png is a damaged or truncated image")
+    # What headers say comes first.
+    assert lines[0].startswith("gsr: error: in/empty.jpg is empty")
+    assert lines[1].startswith("gsr: error: in/a.png is a damaged or truncated image")
     assert lines[2] == "gsr: 2 of 4 images failed:"
-    assert lines[3].startswith("  in/a.png") and lines[4].startswith("  in/empty.jpg is empty")
+    assert lines[3].startswith("  in/empty.jpg is empty") and lines[4].startswith("  in/a.png")
 
 
 def test_a_model_that_is_missing_is_said_once(here, capsys):
@@ -225,14 +229,151 @@ def test_max_memory_is_checked_before_decoding(here, capsys, monkeypatch):
     assert "to decode this image takes about" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
-def test_a_word_for_frames_that_are_left_out(here, capsys, image, name):
-    frames = [Image.fromarray(np.roll(image, i, 1)) for i in range(3)]
-    frames[0].save(name, save_all=True, append_images=frames[1:])
-    assert upscale(name, "-o", "out.png", "--scale", "2") == 0
-    assert capsys.readouterr().out.strip().endswith("s, the first of 3 frames")
+# ---- frames and pages ---------------------------------------------------------------------------
+
+
+def animation(name, image, **options):
+    frames = [Image.fromarray(np.roll(image, 4 * i, 1)) for i in range(3)]
+    options = {"duration": [100, 200, 300], "loop": 0, **options}
+    frames[0].save(name, save_all=True, append_images=frames[1:], **options)
+    return frames
+
+
+@pytest.mark.parametrize("source", ["a.gif", "a.webp", "a.png"])
+@pytest.mark.parametrize("result", ["b.gif", "b.webp", "b.png"])
+def test_animations_stay_animations(here, capsys, image, tiny_model, source, result):
+    animation(source, image, lossless=True)
+    assert upscale(source, "-o", result, "--scale", "2", "--bits", "8") == 0
+    assert "34 x 24, 3 frames in " in capsys.readouterr().out
+    with Image.open(result) as after, Image.open(source) as before:
+        assert after.n_frames == 3 and after.info["loop"] == 0
+        for number, duration in enumerate([100, 200, 300]):
+            after.seek(number)
+            before.seek(number)
+            want = gsr.upscale(np.array(before.convert("RGB")), 2, model=tiny_model)
+            off = np.abs(np.array(after.convert("RGB")).astype(int) - want)
+            assert after.info["duration"] == duration
+            assert off.mean() < (0.01 if result == "b.png" else 8)
+
+
+@pytest.mark.parametrize("loop", [None, 0, 1, 4])
+def test_how_often_an_animation_plays(here, image, loop):
+    animation("a.gif", image, loop=loop)
+    assert upscale("a.gif", "-o", "b.gif", "--scale", "1") == 0
+    assert upscale("a.gif", "-o", "b.png", "--scale", "1") == 0
+    with Image.open("b.gif") as again:
+        assert again.info.get("loop") == loop
+    with Image.open("b.png") as once_more:  # which counts the first time, too
+        assert once_more.info["loop"] == (1 if loop is None else loop and loop + 1)
+
+
+def test_holes_of_an_animation_stay_holes(here, image):
+    alpha = np.zeros((3, 12, 17, 1), np.uint8)
+    for i in range(3):
+        alpha[i, 4 * i : 4 * i + 4] = 255
+    frames = [Image.fromarray(np.dstack([image, a])) for a in alpha]
+    frames[0].save("a.png", save_all=True, append_images=frames[1:])
+    for name in ("b.png", "b.webp", "b.gif"):
+        assert upscale("a.png", "-o", name, "--scale", "2", "--model", "lite") == 0
+        with Image.open(name) as result:
+            for i in range(3):
+                result.seek(i)
+                shown = np.array(result.convert("RGBA"))[..., 3] > 127
+                assert shown[8 * i + 1 : 8 * i + 7].all() and shown.mean() < 10 / 24
+
+
+def test_pages_keep_their_sizes_and_depths(here, capsys, image, tiny_model):
+    pages = [Image.fromarray(image), Image.fromarray(image[:9, :11])]
+    pages += [Image.fromarray(np.arange(0, 60000, 500, dtype=np.uint16).reshape(10, 12))]
+    preview = Image.fromarray(image[::4, ::4])
+    preview.encoderinfo = {"tiffinfo": {254: 1}}
+    pages[0].save("a.tif", save_all=True, append_images=[preview, *pages[1:]])
+    assert upscale("a.tif", "-o", "b.tif", "--scale", "2") == 0
+    assert "34 x 24, 3 pages in " in capsys.readouterr().out
+    with Image.open("b.tif") as result:
+        assert result.n_frames == 3
+        for number, page in enumerate(pages):
+            result.seek(number)
+            want = gsr.upscale(np.array(page), 2, model=tiny_model)
+            np.testing.assert_array_equal(np.array(result), want)
+
+
+@pytest.mark.parametrize("name, what", [("a.gif", "frames"), ("a.tif", "pages")])
+def test_a_word_for_what_is_left_out(here, capsys, image, name, what):
+    animation(name, image)
+    output = "out.jpg" if what == "frames" else "out.png"
+    assert upscale(name, "-o", output, "--scale", "2") == 0
+    assert capsys.readouterr().out.strip().endswith(f"s, the first of 3 {what}")
     assert upscale("photo.png", "-o", "b.png", "--scale", "2") == 0
     assert "frames" not in capsys.readouterr().out
+
+
+def test_frames_count_together(here, capsys, image):
+    animation("a.gif", image)
+    argv = ("a.gif", "-o", "b.webp", "--scale", "2", "--max-pixels")
+    assert upscale(*argv, "2000") == 2
+    assert "the results would have 2,448 pixels together" in capsys.readouterr().err
+    assert upscale(*argv, "2448") == 0
+
+
+def test_a_bad_frame_leaves_no_file(here, capsys, image):
+    animation("a.gif", image)
+    data = Path("a.gif").read_bytes()
+    Path("a.gif").write_bytes(data[: int(len(data) * 0.8)])
+    assert upscale("a.gif", "-o", "b.webp", "--scale", "2") == 2
+    assert files(".") == ["a.gif", "in/a.png", "in/sub/b.jpg", "in/sub/deep/c.tif",
+                          "model/README.md", "model/config.json", "model/model.safetensors",
+                          "photo.png"]  # fmt: skip
+
+
+# ---- two runs on one folder ---------------------------------------------------------------------
+
+
+def test_another_run_on_the_same_folder(here, capsys, monkeypatch, image):
+    """It has written one file since this run began, and is writing another."""
+    plan = gsr.batch.Batch._plan
+
+    def later(batch, job):
+        planned = plan(batch, job)
+        if job.source == "in/a.png":
+            Path("out").mkdir(exist_ok=True)
+            Path("out/a.png").write_bytes(b"theirs")
+        return planned
+
+    monkeypatch.setattr(gsr.batch.Batch, "_plan", later)
+    argv = ("in", "-o", "out", "--scale", "2")
+    with atomic_file_of_another_process(Path("out/sub/b.jpg").absolute()):
+        assert upscale(*argv, "--skip-existing") == 0
+    assert files("out") == ["a.png", "sub/deep/c.tif"]
+    assert Path("out/a.png").read_bytes() == b"theirs"
+    assert "1 of 1 images upscaled, 2 there already" in capsys.readouterr().out
+    shutil.rmtree("out")
+    assert upscale(*argv) == 1
+    assert "out/a.png exists by now" in capsys.readouterr().err
+    assert Path("out/a.png").read_bytes() == b"theirs"
+
+
+class atomic_file_of_another_process:
+    """Holds a temporary file as a process that writes `path` does."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        code = (
+            "import pathlib, sys; from gsr.io.image import atomic_file\n"
+            "path = pathlib.Path(sys.argv[1]); path.parent.mkdir(parents=True, exist_ok=True)\n"
+            "with atomic_file(path): print('writing', flush=True); sys.stdin.read(); sys.exit(9)\n"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, self.path], env=ENVIRONMENT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout.readline() == "writing\n"
+
+    def __exit__(self, *_):
+        self.process.communicate()
+        assert self.process.returncode == 9
 
 
 # ---- processes ----------------------------------------------------------------------------------

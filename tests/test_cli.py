@@ -114,7 +114,7 @@ def test_several_images_into_a_folder(here, image, capsys):
         (["-o", "out.png", "--size", "16x50"], "is below the image's 17 x 12"),
         (["-o", "out.png", "--scale", "9999"], "--max-pixels"),
         (["-o", "out.png", "--scale", "2", "--max-pixels", "815"], "= 816 pixels"),
-        (["-o", "out.gif", "--scale", "2"], "out.gif: the suffix '.gif' is none of .png"),
+        (["-o", "out.jp2", "--scale", "2"], "out.jp2: the suffix '.jp2' is none of .png"),
         (["-o", "none/out.png", "--scale", "2"], "there is no folder none"),
         (["-o", "photo.png", "--scale", "2"], "photo.png would overwrite the input"),
         (["-o", "a.png", "--scale", "2", "--compare", "photo.png"], "would overwrite the input"),

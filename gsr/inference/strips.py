@@ -451,6 +451,12 @@ def _costs(model: GaussianSR) -> tuple[float, float]:
     return encode, sum(weight.numel() for weight in model.head.parameters())
 
 
+def work(model: GaussianSR, shape: tuple[int, int], size: tuple[int, int]) -> float:
+    """About how much it is to upscale an image of shape (h, w) to (H, W), in the bar's unit."""
+    encode, render = _costs(model)
+    return encode * math.prod(shape) + render * math.prod(size)
+
+
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients within; every module's own training flag restored after."""

@@ -21,6 +21,8 @@ from gsr.inference.alpha import fill_hidden
 from gsr.inference.strips import StripRenderer, inference, model_device, progress_bar
 
 if TYPE_CHECKING:
+    from gsr.io.source import Source
+    from gsr.io.writer import NextPage
     from gsr.models import GaussianSR
 
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # types of whole numbers, and their white
@@ -303,12 +305,11 @@ def upscale_to_file(
     scale: float | Sequence[float] | None = None,
     size: Sequence[int] | None = None,
     model: GaussianSR | None = None,
-    progress: bool | str = False,
+    progress: bool = False,
     max_pixels: int | None = MAX_PIXELS,
     max_memory: int | None = None,
     precision: str = "auto",
     *,
-    crop: tuple[int, int] | None = None,
     bits: str = "same",
     options: dict[str, Any] | None = None,
 ) -> tuple[int, int]:
@@ -318,47 +319,72 @@ def upscale_to_file(
     appears when it is complete. Arguments are those of `upscale`, and besides
 
     Args:
-        progress: a text stands at the bar.
-        crop: size (H, W) that is cut from the middle of the result.
         bits: "8", "16" or "same", the depth of the source or the nearest that the format has.
         options: Pillow's for formats other than PNG and TIFF: quality, subsampling.
 
     Raises:
         InputError: as `upscale`; the file cannot be written, or its format has no 16 bits.
     """
-    from gsr.io.image import file_format
     from gsr.io.source import Source, from_image
-    from gsr.io.writer import depth_in, image_writer
+    from gsr.io.writer import pages_writer
+
+    source = image if isinstance(image, Source) else from_image(image)
+    out, _ = target_size(source.shape, scale, size, max_pixels)
+    total = out[0] * out[1] * source.channels * source.colour.itemsize
+    with progress_bar(progress) as bar, pages_writer(path, total, options) as next_page:
+        upscale_page(
+            next_page, path, source, scale, size, model, max_memory, precision, bits=bits, bar=bar
+        )
+    return out
+
+
+def upscale_page(
+    next_page: NextPage,
+    path: str | os.PathLike,
+    source: Source,
+    scale: float | Sequence[float] | None,
+    size: Sequence[int] | None,
+    model: GaussianSR | None,
+    max_memory: int | None = None,
+    precision: str = "auto",
+    *,
+    crop: tuple[int, int] | None = None,
+    bits: str = "same",
+    animated: bool = False,
+    bar: Any = None,
+) -> None:
+    """Write the next page or frame of `gsr.io.writer.pages_writer`; others as `upscale_to_file`.
+
+    Args:
+        crop: size (H, W) that is cut from the middle of the result.
+        animated: whether it is a frame of an animation, which has 8 bits.
+    """
+    from gsr.io.image import file_format
+    from gsr.io.writer import depth_in
 
     model = _usable_model(model)
-    source = image if isinstance(image, Source) else from_image(image)
-    out, scales = target_size(source.shape, scale, size, max_pixels)
+    out, scales = target_size(source.shape, scale, size, None)
     height, width = crop or out
     top, left = (out[0] - height) // 2, (out[1] - width) // 2
     kind = file_format(path)
     asked = {"8": np.dtype(np.uint8), "16": np.dtype(np.uint16)}.get(bits, source.colour.dtype)
-    dtype = depth_in(kind, asked)
+    dtype = depth_in("an animation" if animated else kind, asked)
     if bits == "16" and dtype != asked:
-        raise InputError(f"{path}: {kind} has no 16 bits a channel; choose .png or .tiff")
+        what = f"an animation in {kind}" if animated else kind
+        raise InputError(f"{path}: {what} has no 16 bits a channel; choose .png or .tiff")
     planes = _planes(source, dtype, keep=kind == "TIFF")
     white = planes.top if dtype == np.uint16 and planes.top != 65535 else None
-    writer = image_writer(
-        path, (height, width), source.channels, dtype, source.meta, white, options
-    )
-    with progress_bar(bool(progress)) as bar, writer as write:
-        if isinstance(progress, str) and bar is not None:
-            bar.set_description_str(progress)
+    write = next_page((height, width), source.channels, dtype, source.meta, white, source.duration)
 
-        def put(start: int, stop: int, strip: torch.Tensor) -> None:
-            first, last = max(start, top), min(stop, top + height)
-            if first < last:
-                rows = strip[:, first - start : last - start, left : left + width]
-                write(rows.permute(1, 2, 0).cpu().numpy())
+    def put(start: int, stop: int, strip: torch.Tensor) -> None:
+        first, last = max(start, top), min(stop, top + height)
+        if first < last:
+            rows = strip[:, first - start : last - start, left : left + width]
+            write(rows.permute(1, 2, 0).cpu().numpy())
 
-        # Of other formats the result is in memory, 4 bytes a pixel as Pillow has it, and the file.
-        result = 0 if kind in ("PNG", "TIFF") else 8 * height * width
-        _render(model, max_memory, precision, bar, planes, out, scales, put, result)
-    return height, width
+    # Of other formats the result is in memory, 4 bytes a pixel as Pillow has it, and the file.
+    result = 0 if kind in ("PNG", "TIFF") else 8 * height * width
+    _render(model, max_memory, precision, bar, planes, out, scales, put, result)
 
 
 def _planes(source, dtype: np.dtype, keep: bool = True) -> Planes:

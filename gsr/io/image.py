@@ -6,6 +6,7 @@ Images inside the library are either uint8 arrays [H, W, 3] or float32 tensors [
 
 from __future__ import annotations
 
+import glob
 import importlib
 import io
 import os
@@ -37,6 +38,7 @@ WRITE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tif": ("TIFF", {"compression": "tiff_lzw"}),
     ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
     ".avif": ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
+    ".gif": ("GIF", {}),
     ".bmp": ("BMP", {}),
 }
 MAX_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels; the other formats have no limit in practice
@@ -400,11 +402,15 @@ def atomic_file(path: StrPath) -> Generator[BinaryIO]:
 def _make_temporary(path: Path) -> tuple[int, str]:
     """Make a file beside `path` and lock it, so that `remove_left_over` knows it is in use."""
     while True:
-        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name[:32]}.", path.parent)
+        handle, temporary = tempfile.mkstemp(TEMPORARY, _prefix(path), path.parent)
         _lock(handle, wait=True)
         if os.path.exists(temporary):
             return handle, temporary
         os.close(handle)  # removed by another process before it was locked
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:32]}."
 
 
 def _lock(handle: int, wait: bool) -> bool:
@@ -429,6 +435,16 @@ def remove_left_over(folder: StrPath) -> None:
         with suppress(OSError), open(path, "rb") as file:
             if _lock(file.fileno(), wait=False):
                 path.unlink()
+
+
+def being_written(path: StrPath) -> bool:
+    """Return whether another process is writing the file of this name."""
+    path = Path(path)
+    for temporary in path.parent.glob(f"{glob.escape(_prefix(path))}*{TEMPORARY}"):
+        with suppress(OSError), open(temporary, "rb") as file:
+            if not _lock(file.fileno(), wait=False):
+                return True
+    return False
 
 
 def file_format(path: StrPath) -> str:

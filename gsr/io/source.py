@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,12 @@ from gsr.errors import InputError
 from gsr.io.image import has_alpha, to_rgb, upright
 
 ORIENTATION, EXIF_IFD, GPS_IFD = 0x0112, 0x8769, 0x8825
-MAX_SAMPLE_VALUE, BITS, PLANAR, RESOLUTION = 281, 258, 284, 282  # TIFF's tags
+MAX_SAMPLE_VALUE, BITS, PLANAR, RESOLUTION, SUBFILE = 281, 258, 284, 282, 254  # TIFF's tags
 # What of a TIFF's main directory is about the image rather than about how it is stored: the EXIF
 # tags of Make, Model, dates and so on.
 KEPT = (270, 271, 272, 305, 306, 315, 316, 33432, EXIF_IFD, GPS_IFD)
 WIDTH_IN_EXIF, HEIGHT_IN_EXIF, INTEROP_IFD = 0xA002, 0xA003, 0xA005
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 OTHER_BYTE = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # N: little-endian machines only
 
 
@@ -83,6 +84,7 @@ class Source:
     white: float = 255
     shown: float = 255
     meta: Metadata = field(default_factory=Metadata)
+    duration: float | None = None  # milliseconds, of a frame of an animation
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,14 +103,47 @@ def read_source(file: BinaryIO, frame: int = 0) -> Source:
     Raises what Pillow does, see `gsr.io.image.decoding`, and InputError as `from_image`.
     """
     image = _open(file, frame)
-    kind, low = image.format, _low_bytes(image, file, frame)
+    kind = image.format
+    animated = kind == "PNG" and getattr(image, "n_frames", 1) > 1  # Pillow has 8 bits of them
+    low = None if animated else _low_bytes(image, file, frame)
     if low is None:
         source = from_image(image)
     else:
         source = _from_two(image, low)
+    source.duration = image.info.get("duration")  # known once the frame is decoded
     if kind == "TIFF" and source.colour.dtype == np.uint16:
         source.white = source.shown = _tiff_white(image, source.colour)
     return source
+
+
+class Frames(NamedTuple):
+    """What of a file is upscaled: the numbers of its pages, or of its animation's frames."""
+
+    numbers: list[int]
+    animated: bool
+    plays: int  # of an animation; 0: for ever
+
+
+def find_frames(image: Image.Image) -> Frames:
+    """Find the pages or frames of an image that is open, not those that are previews of others."""
+    count, kind = getattr(image, "n_frames", 1), image.format
+    if count > 1 and kind == "TIFF":
+        numbers: list[int] = []
+        for number in range(count):
+            image.seek(number)
+            if not image.tag_v2.get(SUBFILE, 0) & 1:  # pyright: ignore[reportAttributeAccessIssue]
+                numbers.append(number)
+        image.seek(0)
+        return Frames(numbers or [0], False, 0)
+    if count > 1 and kind in ANIMATED:
+        # The picture of a PNG may be none of its frames.
+        first = 1 if image.info.get("default_image") else 0
+        plays = image.info.get("loop", 1 if kind == "GIF" else 0)
+        if kind == "GIF" and plays:  # how often it is repeated, for those that say it
+            plays += "loop" in image.info
+        return Frames(list(range(first, count)), True, plays)
+    # The further images of a phone's JPEG (MPO) are depths and previews.
+    return Frames([0], False, 0)
 
 
 def from_image(image: Image.Image) -> Source:

@@ -30,8 +30,6 @@ def depth_in(kind: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype if f"{dtype.kind}{dtype.itemsize}" in held else np.dtype(held[-1])
 
 
-ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
-
 Rows = Callable[[NDArray[Any]], None]
 
 
@@ -169,10 +167,14 @@ class _Gathered:
 
     def save(self, file: BinaryIO, path: StrPath, options: dict[str, Any], plays: int) -> None:
         """Encode the frames as the suffix of `path` says."""
+        kind, options = file_format(path), {**self.info, **options}
+        for frame in self.frames:
+            if kind == "GIF" and frame.shape[2] in (2, 4):
+                # Transparent or not, and of the transparent colours it has one.
+                shown = frame[..., -1] > 127
+                frame[~shown], frame[shown, -1] = 0, 255
         frames = [Image.fromarray(f[..., 0] if f.shape[2] == 1 else f) for f in self.frames]
-        options = {**self.info, **options}
         if len(frames) > 1:
-            kind = file_format(path)
             modes = {frame.mode for frame in frames}
             if len(modes) > 1:  # the first frame of a GIF may be all there is without alpha
                 mode = "RGBA" if modes & {"LA", "RGBA"} else "RGB"

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
+from gsr.errors import InputError
 from gsr.io.image import WRITE_FORMATS, file_format, open_file
-from gsr.io.source import Metadata, Source, read_source
-from gsr.io.writer import depth_in, image_writer
+from gsr.io.source import ANIMATED, Metadata, Source, read_source
+from gsr.io.writer import depth_in, image_writer, pages_writer
 
 PAGE = Path(__file__).parents[2] / "docs" / "upscale.md"
-HEAD = ["written as", "bits a channel", "alpha", "profile", "EXIF", "XMP", "by strips"]
+HEAD = ["written as", "bits a channel", "alpha", "profile", "EXIF", "XMP", "by strips", "several"]
 SIZE = (1200, 400)
 
 
@@ -62,8 +63,17 @@ def row(folder, suffix):
         back.meta.xmp is not None and back.meta.xmp.rstrip(b"\0") == meta.xmp,
         before > 100_000,
     ]
+    several = "pages" if kind == "TIFF" else "frames"
+    try:
+        with pages_writer(path, values.nbytes, animated=kind in ANIMATED) as next_page:
+            for flipped in (values, values[::-1]):
+                next_page(SIZE, 4)(flipped)
+        with Image.open(path) as image:
+            assert image.n_frames == 2
+    except InputError:
+        several = "no"
     suffixes = ", ".join(s for s, (name, _) in WRITE_FORMATS.items() if name == kind)
-    return [suffixes, ", ".join(bits), *("yes" if x else "no" for x in yes)]
+    return [suffixes, ", ".join(bits), *("yes" if x else "no" for x in yes), several]
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
