@@ -57,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+REACH = 8  # LR pixels around one that a head and the bicubic upsampling look at, and some more
+
+
 class Batch:
     """Upscales files one by one; `failures` are sentences, `skipped` counts what others did."""
 
@@ -173,7 +176,7 @@ class Batch:
         """Decode and upscale a page."""
         from gsr.inference.upscale import upscale_page
         from gsr.io.image import decoding
-        from gsr.io.source import Metadata, read_source
+        from gsr.io.source import Metadata, read_source, wrap_around
 
         args = self.args
         with decoding(job.name, limit(args)), silent():
@@ -182,11 +185,14 @@ class Batch:
             source.meta = Metadata(source.meta.icc)  # without its profile it has other colours
         if self.bar is not None and self.several:
             self.bar.total -= self._work(found, page)  # which comes back, counted exactly
+        model = self.model(found.model)
+        scale, size, crop = args.scale, None if args.scale else page.size, page.crop
+        if args.wrap:
+            scale, crop = None, page.size
+            size = wrap_around(source, page.size, model.halo + REACH)
         upscale_page(
-            next_page, path, source, args.scale, None if args.scale else page.size,
-            self.model(found.model),
-            args.max_memory, args.precision, crop=page.crop, bits=args.bits,
-            animated=found.animated, bar=self.bar,
+            next_page, path, source, scale, size, model, args.max_memory, args.precision,
+            crop=crop, bits=args.bits, animated=found.animated, bar=self.bar,
         )  # fmt: skip
 
     def _compare(self, job: Job) -> None:

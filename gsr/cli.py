@@ -164,6 +164,11 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         "covers it and is cropped (cover), or is distorted (stretch)",
     )
     up.add_argument(
+        "--wrap",
+        action="store_true",
+        help="the image is a texture that is laid in tiles: the result is one without seams, too",
+    )
+    up.add_argument(
         "--model",
         metavar="lite|photo|PATH",
         help="lite, for lossless images; photo, for JPEG, noise and blur; or a model folder or "

@@ -64,6 +64,8 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     from gsr.io.image import READ_SUFFIXES, list_images
     from gsr.io.paths import check_path
 
+    if args.wrap and args.fit == "cover" and args.size is not None:
+        raise InputError("--wrap keeps all of an image and --fit cover cuts it; drop one")
     output = args.output
     found: list[tuple[str, Path]] = []  # the file, and its path below the output folder
     for source in args.image:

@@ -1,5 +1,6 @@
 """`gsr upscale` as people use it: folders, sizes, pipes, files that are bad or there already."""
 
+import math
 import os
 import shutil
 import signal
@@ -227,6 +228,36 @@ def test_max_memory_is_checked_before_decoding(here, capsys, monkeypatch):
     monkeypatch.setattr("gsr.io.source.read_source", lambda *_: pytest.fail("decoded"))
     assert upscale("photo.png", "-o", "out.png", "--scale", "2", "--max-memory", "1000") == 2
     assert "to decode this image takes about" in capsys.readouterr().err
+
+
+# ---- textures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(34, 24), (51, 30), (20, 13)])
+def test_a_wrapped_texture_has_no_seams(here, image, size):
+    """Upscaled from anywhere on the endless plane, the result is the same one, moved."""
+    argv = ("-o", "b.png", "--overwrite", "--wrap", "--fit", "stretch")
+    argv += ("--size", f"{size[0]}x{size[1]}", "--precision", "fp32", "--model", "lite")
+    moves = [(0, 0), (12 // math.gcd(12, size[1]), 17 // math.gcd(17, size[0]))]
+    results = []
+    for dy, dx in moves:  # by so much that the result moves by whole pixels
+        alpha = np.full((12, 17, 1), 200, np.uint8)
+        alpha[3:7, 4:9] = 90
+        moved = np.roll(np.dstack([image, alpha]), (dy, dx), (0, 1))
+        Image.fromarray(moved).save("a.png")
+        assert upscale("a.png", *argv) == 0
+        back = -dy * size[1] // 12, -dx * size[0] // 17
+        results.append(np.roll(np.array(Image.open("b.png")), back, (0, 1)).astype(int))
+    assert results[0].shape == (size[1], size[0], 4)
+    assert np.abs(results[0] - results[1]).max() <= 1
+    assert upscale("a.png", *(a for a in argv if a != "--wrap")) == 0
+    plain = np.array(Image.open("b.png")).astype(int)
+    assert np.abs(np.roll(plain, back, (0, 1)) - results[0]).max() > 3  # which has seams
+
+
+def test_a_wrapped_image_is_not_cut(here, capsys):
+    assert upscale("photo.png", "-o", "b.png", "--wrap", "--size", "99x99", "--fit", "cover") == 2
+    assert "--wrap keeps all of an image" in capsys.readouterr().err
 
 
 # ---- frames and pages ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ as if in the other byte order, the low ones: two passes make the whole values.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -172,6 +173,24 @@ def from_image(image: Image.Image) -> Source:
     if not (grey or mode in ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA")):
         meta.icc = None
     return Source(np.ascontiguousarray(array[..., :1]) if grey else array, alpha, meta=meta)
+
+
+def wrap_around(source: Source, size: tuple[int, int], least: int) -> tuple[int, int]:
+    """Continue an image that is to become `size` (H, W) as if it were laid in tiles.
+
+    At least `least` pixels on every side, as many above as below. Returns the size of the result,
+    whose middle is the result without them: a whole number of its pixels for those that are added.
+    """
+    pads, wrapped = [], []
+    for n, big in zip(source.shape, size, strict=True):
+        step = n // math.gcd(n, big)  # pixels that become a whole number of pixels
+        pad = math.ceil(least / step) * step
+        pads.append((pad, pad))
+        wrapped.append(big + 2 * pad * big // n)
+    source.colour = np.pad(source.colour, [*pads, (0, 0)], "wrap")
+    if source.alpha is not None:
+        source.alpha = np.pad(source.alpha, pads, "wrap")
+    return wrapped[0], wrapped[1]
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
