@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from gsr.errors import InputError
+from gsr.inference.upscale import upscale_to_file
 from gsr.io.image import WRITE_FORMATS, file_format, open_file
 from gsr.io.source import ANIMATED, Metadata, Source, read_source
 from gsr.io.writer import depth_in, image_writer, pages_writer
@@ -83,3 +84,52 @@ def test_the_table_of_formats(tmp_path):
     rows = [HEAD, ["---"] * len(HEAD), *(row(tmp_path, first[name]) for name in names)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     assert table in PAGE.read_text(encoding="utf-8"), f"docs/upscale.md lacks\n{table}"
+
+
+NAMES = ["a.png", "a.jpg", "a.webp", "a.tif", "a.avif", "a.gif", "a.bmp"]
+
+
+def held(path):
+    """What a file holds: bits a channel, and whether alpha, profile, EXIF, XMP, resolution."""
+    found = read(path)
+    meta, alpha = found.meta, found.alpha
+    return {
+        "bits": 8 * found.colour.itemsize,
+        "alpha": alpha is not None and not (alpha == alpha.max()).all(),
+        "profile": meta.icc,
+        "maker": meta.exif and meta.exif.get(0x010F),
+        "xmp": meta.xmp and meta.xmp.rstrip(b"\0"),
+    }
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A file of each format with all that it can hold, and what that is."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    folder, found = tmp_path_factory.mktemp("everything"), {}
+    values = np.random.default_rng(1).integers(0, 2**16, (14, 18, 4), np.uint16)
+    values[..., 3] = 65535
+    values[2:9, 3:11, 3] = 0
+    _, meta = source(4, "u1")
+    for name in NAMES:
+        dtype = depth_in(file_format(name), np.dtype(np.uint16))
+        with image_writer(folder / name, (14, 18), 4, dtype, meta) as write_rows:
+            write_rows(values if dtype == np.uint16 else (values >> 8).astype(np.uint8))
+        found[name] = held(folder / name)
+    assert found["a.png"] == found["a.tif"]
+    assert found["a.png"] == {
+        "bits": 16, "alpha": True, "profile": meta.icc, "maker": "Maker", "xmp": meta.xmp,
+    }  # fmt: skip
+    return folder, found
+
+
+@pytest.mark.parametrize("result", NAMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_both_formats_hold_survives(everything, tmp_path, tiny_model, name, result):
+    folder, found = everything
+    upscale_to_file(tmp_path / result, read(folder / name), 2, model=tiny_model)
+    after = held(tmp_path / result)
+    for key, value in after.items():
+        both = found[name][key], found[result][key]
+        assert value == (min(both) if key == "bits" else both[0] and both[1]), key
