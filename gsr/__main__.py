@@ -1,6 +1,6 @@
 """`python -m gsr`: the command `gsr`."""
 
-from gsr.cli import main
+from gsr.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

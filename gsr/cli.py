@@ -7,6 +7,7 @@ and measuring are scripts of the checkout: train.py, evaluate.py and `python -m 
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -62,8 +63,31 @@ def _interrupted(error: BaseException | None) -> bool:
     return False
 
 
+def command() -> None:
+    """Run the console script `gsr`: `main` in a process of its own, which starts and ends quickly.
+
+    Python would look for garbage dozens of times while PyTorch is imported, and at the end take
+    PyTorch apart piece by piece.
+    """
+    gc.set_threshold(50_000)
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, or a pipe that nobody reads any more
+            code = code or 1
+    os._exit(code or 0)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the console script `gsr`."""
+    """Run the command `gsr` with these arguments, or those of the process."""
     # The default of these ends the process at once, and leaves half a file under a hidden name.
     main_thread = threading.current_thread() is threading.main_thread()
     names = ("SIGTERM", "SIGHUP") if main_thread else ()  # Windows has the first alone
@@ -71,14 +95,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = [signal.signal(number, _terminate) for number in numbers]
     try:
         guard(dispatch, argv)
-    except SystemExit as error:
-        code = error.code
-        if isinstance(code, int) and code - 128 in numbers:
-            # All that had to be removed is. Leave at once: threads that still compute can abort an
-            # interpreter that ends.
-            sys.stdout.flush()
-            os._exit(code)
-        raise
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -314,4 +330,4 @@ def _upscale(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

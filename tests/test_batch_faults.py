@@ -63,6 +63,8 @@ def begun(output, least):
     process = subprocess.Popen(
         command("-o", output), env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Which is ignored where the tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while sum(p.suffix not in ("", TEMPORARY) for p in Path(output).rglob("*")) < least:

@@ -213,7 +213,7 @@ def check_wheel(wheel, source, tmp_path):
     info = f"gaussiansr-{gsr.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in files
     read = zipfile.ZipFile(wheel).read
-    assert b"gsr = gsr.cli:main" in read(f"{info}/entry_points.txt")
+    assert b"gsr = gsr.cli:command" in read(f"{info}/entry_points.txt")
     metadata = read(f"{info}/METADATA").decode()
     assert "Requires-Python: >=3.10" in metadata and "License-Expression: Apache-2.0" in metadata
     site = tmp_path / "site"
