@@ -18,7 +18,7 @@ import torch
 
 from gsr.errors import InputError
 from gsr.inference.alpha import fill_hidden
-from gsr.inference.strips import StripRenderer, inference, model_device, progress_bar
+from gsr.inference.strips import inference, make_renderer, model_device, progress_bar
 
 if TYPE_CHECKING:
     from gsr.models import GaussianSR
@@ -184,13 +184,18 @@ def _fill(model, max_memory, precision, bar, planes, out, scales, hr: torch.Tens
     def put(start: int, stop: int, strip: torch.Tensor) -> None:
         hr[:, start:stop] = strip
 
-    _render(model, max_memory, precision, bar, planes, out, scales, put, hr.nbytes + later)
+    like = {"to": hr.device, "interleaved": hr.stride(0) == 1}
+    _render(model, max_memory, precision, bar, planes, out, scales, put, hr.nbytes + later, **like)
 
 
-def _render(model, max_memory, precision, bar, planes: Planes, out, scales, put, result: int):
+def _render(
+    model, max_memory, precision, bar, planes: Planes, out, scales, put, result: int,
+    *, to: torch.device, interleaved: bool,
+):  # fmt: skip
     """put(start, stop, HR rows) for the upscaled planes, from the top: colours, then alpha if any.
 
-    `result` is the bytes that the caller takes.
+    `result` is the bytes that the caller takes. The rows are wanted on the device `to`; with
+    `interleaved` the channels of a pixel lie together where they are put.
     """
     lr, alpha, white, top, kind = planes
     device = model_device(model)
@@ -200,7 +205,7 @@ def _render(model, max_memory, precision, bar, planes: Planes, out, scales, put,
     whites = [white, LEVELS.get(lr.dtype, 1)]
 
     def source(start: int, stop: int) -> torch.Tensor:
-        rows = [p[:, start:stop].to(device).float().expand(3, -1, -1) for p in sources]
+        rows = [p[:, start:stop].to(device, non_blocking=True).float().expand(3, -1, -1) for p in sources]
         rows = [r if w == 1 else r / w for r, w in zip(rows, whites, strict=False)]
         return torch.stack(rows)
 
@@ -212,15 +217,16 @@ def _render(model, max_memory, precision, bar, planes: Planes, out, scales, put,
             return colour
         full = LEVELS.get(kind, 1)
         if constant:
-            one = alpha[0, 0].to(device).float() / whites[1]
+            one = alpha[0, 0].to(device, non_blocking=True).float() / whites[1]
             return torch.cat([colour, _quantise(one.expand_as(strip[0, :1]).clone(), full, kind)])
         return torch.cat([colour, _quantise(_grey(strip[1]), full, kind)])
 
     shape = (len(sources), 3, *lr.shape[-2:])
     with inference(model):
-        renderer = StripRenderer(
-            model, source, shape, out, scales, precision, finish=finish, bar=bar
-        )
+        renderer = make_renderer(
+            model, source, shape, out, scales, precision, finish=finish, bar=bar, to=to,
+            interleaved=interleaved,
+        )  # fmt: skip
         renderer.fit(max_memory, result)
         # One strip is copied or compressed while the next ones are computed.
         with ThreadPoolExecutor(1) as writer:
@@ -245,7 +251,8 @@ def _quantise(values: torch.Tensor, top: float, kind: torch.dtype) -> torch.Tens
 
 def _grey(rgb: torch.Tensor) -> torch.Tensor:
     """The luma [1, h, w] of rgb [3, h, w] in [0, 1]."""
-    weights = rgb.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+    weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
+    weights = weights.to(rgb.device, non_blocking=True)
     return (rgb * weights[:, None, None]).sum(0, keepdim=True).clamp_(0, 1)
 
 
@@ -357,7 +364,11 @@ def upscale_to_file(
 
         # Of other formats the result is in memory, 4 bytes a pixel as Pillow has it, and the file.
         result = 0 if kind in ("PNG", "TIFF") else 8 * height * width
-        _render(model, max_memory, precision, bar, planes, out, scales, put, result)
+        to = torch.device("cpu")
+        _render(
+            model, max_memory, precision, bar, planes, out, scales, put, result, to=to,
+            interleaved=True,
+        )  # fmt: skip
     return height, width
 
 
