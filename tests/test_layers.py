@@ -10,7 +10,7 @@ GSR = Path(__file__).parents[1] / "gsr"
 LAYERS = [
     ("errors",), ("io", "parts"), ("schema",), ("config",), ("device",), ("kernels", "ops"),
     ("models",), ("inference",),
-    ("distributed", "losses", "metrics", "optim"), ("data",), ("describe",), ("viz",),
+    ("distributed", "losses", "metrics", "optim"), ("data",), ("graphs",), ("describe",), ("viz",),
     ("evaluation", "runs"), ("batch",), ("cli",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

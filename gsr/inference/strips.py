@@ -438,7 +438,7 @@ def check_memory(max_memory: Any, result: int, least: int) -> float:
         InputError: it is no number, or less than `least` would be left.
     """
     number = isinstance(max_memory, Real) and not isinstance(max_memory, bool)
-    if not number or math.isnan(max_memory):  # pyright: ignore[reportArgumentType]
+    if not number or math.isnan(max_memory):
         raise InputError(f"max_memory must be a number of bytes, not {max_memory!r}")
     taken = _resident() + result
     if taken + least > max_memory:
@@ -446,7 +446,7 @@ def check_memory(max_memory: Any, result: int, least: int) -> float:
             f"this image takes about {(taken + least) / 1e6:.0f} MB, more than max_memory "
             f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or a smaller size"
         )
-    return max_memory - taken
+    return float(max_memory) - taken
 
 
 def _resident() -> int:

@@ -205,7 +205,10 @@ def _render(
     whites = [white, LEVELS.get(lr.dtype, 1)]
 
     def source(start: int, stop: int) -> torch.Tensor:
-        rows = [p[:, start:stop].to(device, non_blocking=True).float().expand(3, -1, -1) for p in sources]
+        rows = [
+            p[:, start:stop].to(device, non_blocking=True).float().expand(3, -1, -1)
+            for p in sources
+        ]
         rows = [r if w == 1 else r / w for r, w in zip(rows, whites, strict=False)]
         return torch.stack(rows)
 

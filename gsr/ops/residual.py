@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +27,7 @@ def add_residual(y: Tensor, bias: Tensor, x: Tensor, scale: float = 1) -> Tensor
     formats = torch.contiguous_format, torch.channels_last
     alike = any(all(t.is_contiguous(memory_format=f) for t in (x, y)) for f in formats)
     if y.is_cuda and _has_triton() and alike:
-        from gsr.kernels import residual
-
-        return residual.add_residual(y, bias, x, scale)
+        kernels: Any = import_module("gsr.kernels.residual")
+        return kernels.add_residual(y, bias, x, scale)
     y += bias[:, None, None]
     return torch.add(x, y, alpha=scale, out=y)

@@ -52,7 +52,7 @@ def bicubic_rows(
 ) -> Tensor:
     """The first half of `bicubic`: HR rows (start, stop) at LR columns, [B, C, stop - start, w]."""
     top, h = band or (0, x.shape[-2])
-    # Rows and weights are made on the CPU: on a GPU each of these steps costs what a large one does.
+    # Rows and weights are made on the CPU: on a GPU each of these steps is an operation.
     y = (torch.arange(*rows, dtype=torch.float64) + 0.5) * h / height
     above = torch.floor(y - 0.5)
     t = (y - 0.5 - above).to(x.dtype)
