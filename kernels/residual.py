@@ -21,27 +21,34 @@ from .splat import launch
 BLOCK = 2048  # numbers a program: 16 a thread, two loads of 128 bits of a 16-bit type
 
 
-@triton.jit(do_not_specialize=["count", "inner", "scale"])
-def residual(y_ptr, bias_ptr, x_ptr, count, channels, inner, scale, BLOCK: tl.constexpr):
-    """`count` numbers in memory's order; those of a channel come `inner` at a time."""
+@triton.jit(do_not_specialize=["inner", "scale"])
+def residual(
+    y_ptr, bias_ptr, x_ptr, count, inner, scale, C: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`count` numbers in memory's order: channels last, or those of a channel `inner` at a time."""
+    # Only the program's own start needs 64 bits, whose divisions cost several times those of 32.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
+    if not LAST:
+        channel = (start // inner % C).to(tl.int32) + ((start % inner).to(tl.int32) + i) // inner
+    elif BLOCK % C == 0:
+        channel = i
+    else:
+        channel = (start % C).to(tl.int32) + i
     held = start + i < count
-    # Only the program's own start needs 64 bits, whose divisions cost several times those of 32.
-    before = (start // inner % channels).to(tl.int32)
-    channel = before + ((start % inner).to(tl.int32) + i) // inner
     y = tl.load(y_ptr + start + i, held, 0.0).to(tl.float32)
     x = tl.load(x_ptr + start + i, held, 0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel % channels, held, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel % C).to(tl.float32)
     tl.store(y_ptr + start + i, x + scale * (y + bias), held)
 
 
 def add_residual(y: Tensor, bias: Tensor, x: Tensor, scale: float) -> Tensor:
     """`gsr.ops.residual.add_residual` of y and x that lie in memory alike."""
     _, channels, h, w = y.shape
-    inner = h * w if y.is_contiguous() else 1
     launch(
         residual, (triton.cdiv(y.numel(), BLOCK),), y, bias.contiguous(), x,
-        y.numel(), channels, inner, float(scale), BLOCK=BLOCK, num_warps=4,
+        y.numel(), h * w, float(scale), C=channels, LAST=not y.is_contiguous(), BLOCK=BLOCK,
+        num_warps=4,
     )  # fmt: skip
     return y

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gsr.inference.strips import (
     STRIP_BYTES,
+    _costs,
     check_memory,
     choose_dtype,
     is_out_of_memory,
@@ -127,8 +128,14 @@ class GpuRenderer:
             strip = min(self.rows.strip, int((left - STRIP_BYTES) // row))
             self.rows = self.rows._replace(strip=strip)
         if self.bar is not None:
-            self.bar.total = (self.bar.total or 0) + self.batch * math.prod(self.size)
+            self.bar.total = (self.bar.total or 0) + self._row_cost() * self.size[0]
             self.bar.refresh()
+
+    def _row_cost(self) -> float:
+        """How much there is to do for an HR row, in the unit of `_costs`."""
+        encode, render = _costs(self.model)
+        lr, hr = math.prod(self.lr_size), math.prod(self.size)
+        return self.batch * (encode * lr + render * hr) / self.size[0]
 
     def strips(self) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, HR rows [B, 3, stop - start, W] float32), from the top.
@@ -151,7 +158,7 @@ class GpuRenderer:
     def _come(self, start: int, stop: int, wait: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
         strip = wait()
         if self.bar is not None:
-            self.bar.update(self.batch * (stop - start) * self.size[1])
+            self.bar.update(self._row_cost() * (stop - start))
         return start, stop, strip.movedim(-1, -3) if self.interleaved else strip
 
     def _compute(self) -> Iterator[tuple[int, int, Tensor]]:

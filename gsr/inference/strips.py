@@ -79,7 +79,7 @@ def run(
 def make_renderer(
     model: GaussianSR,
     *arguments: Any,
-    to: torch.device,
+    to: torch.device | str,
     interleaved: bool = False,
     **options: Any,
 ) -> Any:

@@ -56,6 +56,32 @@ def test_interpreted():
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.parametrize("values, loads", [("bf16", 6), ("fp32", 12)])
+def test_a_load_takes_128_bits(values, loads):
+    """Of channels last: a thread's 16 numbers of y, x and the bias."""
+    triton = pytest.importorskip("triton", reason="triton is not installed: there are no kernels")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gsr.kernels import residual
+
+    constants = {"C": 64, "LAST": True, "BLOCK": residual.BLOCK}
+    kinds = {
+        "count": "i32",
+        "inner": "i32",
+        "scale": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    names = residual.residual.arg_names
+    aligned = ("y_ptr", "bias_ptr", "x_ptr", "count")
+    source = ASTSource(
+        residual.residual, {n: kinds.get(n, f"*{values}") for n in names}, constants,
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )  # fmt: skip
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert code.asm["ptx"].count("ld.global.v4") == code.asm["ptx"].count("ld.global") == loads
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n != "bfloat16"])
 def test_without_the_kernel(name):
     assert error(name, "cpu", add_residual) <= 0
