@@ -6,9 +6,9 @@ a rectangle, so that nothing has to be sorted; a weight beyond a pixel's window 
 dropped, which is what the tile costs.
 """
 
-# pyright: reportArgumentType=false
-
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -77,7 +77,8 @@ def splat(
     given = [t.contiguous() for t in (values, sigma, rho, opacity, offset)]
     out = torch.empty(b, 3, *size, device=values.device)
     grid = (triton.cdiv(size[0], SIDE) * triton.cdiv(size[1], SIDE), b)
-    tiles[grid](
+    kernel: Any = tiles[grid]
+    kernel(
         *given, out, h, w, *size, eps,
         K=k, R=radius, NORMALIZE=normalize, SIDE=SIDE, num_warps=4,
     )  # fmt: skip
