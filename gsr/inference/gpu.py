@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ from gsr.inference.strips import (
     model_device,
     refuse,
 )
+from gsr.models import GaussianSR
 from gsr.models.fused import fast_encoder
 from gsr.models.stream import Band
-
-if TYPE_CHECKING:
-    from gsr.models import GaussianSR
 
 STRIP_PIXELS = 2**22  # HR pixels that are copied at once, 12 MB of bytes
 SHARE = 0.8  # of the free memory that bands and strips may take
@@ -113,8 +111,9 @@ class GpuRenderer:
         self.rows = rows_that_fit(free, model, self.batch, self.lr_size, size)
         self.held: Band | None = None  # the encoded LR rows
         self.stop = 0  # LR rows until there can be used
-        # What `GaussianSR.compile` has made serves as it is.
-        self.encoder = None if "_encode" in vars(model) else fast_encoder(model.encoder, self.dtype)
+        # What `GaussianSR.compile` or a subclass has made serves as it is.
+        own = "_encode" in vars(model) or type(model) is not GaussianSR
+        self.encoder = None if own else fast_encoder(model.encoder, self.dtype)
 
     def fit(self, max_memory: int | None, result: int) -> None:
         """Choose strips so that the process stays within `max_memory` bytes of the CPU's memory.
@@ -165,6 +164,7 @@ class GpuRenderer:
         """The strips, as soon as the device has been told to make them."""
         start, shared = 0, None
         while start < self.size[0]:
+            strip, stop = None, start
             try:
                 if shared is None and hasattr(self.model.head, "shared"):
                     shared = self._shared()
@@ -174,9 +174,11 @@ class GpuRenderer:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(error)
-                continue
-            yield start, stop, strip
-            start = stop
+            if strip is None:  # the error and what it held are gone by now
+                release(self.device)
+            else:
+                yield start, stop, strip
+                start = stop
 
     def _needed(self, start: int, stop: int) -> tuple[int, int]:
         return self.model.rows_needed((start, stop), self.lr_size, self.size, self.scale)
@@ -245,7 +247,6 @@ class GpuRenderer:
         if band == strip == 1:
             refuse(error)
         self.rows, self.held = Rows(max(1, band // 2), max(1, strip // 2)), None
-        release(self.device)
 
 
 class HostCopies:

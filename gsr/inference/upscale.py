@@ -151,7 +151,7 @@ def _upscale_tensor(image, scale, size, max_pixels, fill) -> torch.Tensor:
     out, scales = target_size(tuple(shape[-2:]), scale, size, max_pixels)
     image = image.detach()
     if image.dtype not in LEVELS:
-        _check_range(float(image.min()), float(image.max()))
+        _check_range(*torch.stack([image.min(), image.max()]).tolist())  # waits for a GPU once
     batch = image if image.ndim == 4 else image[None]
     result = torch.empty(len(batch), 3, *out, dtype=image.dtype, device=image.device)
     for lr, hr in zip(batch, result, strict=True):  # one by one: memory stays that of one image
@@ -232,6 +232,10 @@ def _render(
             interleaved=interleaved,
         )  # fmt: skip
         renderer.fit(max_memory, result)
+        if torch.device(to).type != "cpu":  # in the order of the device's own stream
+            for rows in renderer.strips():
+                put(*rows)
+            return
         # One strip is copied or compressed while the next ones are computed.
         with ThreadPoolExecutor(1) as writer:
             writing: Future | None = None

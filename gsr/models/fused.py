@@ -92,6 +92,16 @@ def relu_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=padding).relu_()
 
 
+def relu_layer(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """relu(conv(x)) of a head; on a GPU, without gradients, in one pass and in the type of x."""
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or conv.bias is None
+    if plain or not _has_fused(x.device, x.dtype):
+        return F.relu(conv(x))
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    return relu_convolution(x, conv.weight.to(x.dtype, memory_format=form), conv.bias.to(x.dtype))
+
+
 @functools.cache
 def _has_fused(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cuDNN convolves with bias and ReLU there; tried, since PyTorch does not say."""

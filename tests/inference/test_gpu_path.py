@@ -167,6 +167,7 @@ def counter(monkeypatch):
         counter.waits.append("new_tensor")
         return like.new_empty(np.shape(data))
 
+    monkeypatch.setattr(fused, "_has_fused", lambda *_: True)
     monkeypatch.setattr(fused, "relu_convolution", relu_convolution)
     monkeypatch.setattr(fused, "add_residual", add_residual)
     monkeypatch.setattr(torch.Tensor, "new_tensor", new_tensor)
@@ -421,6 +422,20 @@ def test_fused_edsr(dtype, allowed):
     assert ours.dtype == dtype
     assert ours.is_contiguous(memory_format=fused.FusedEDSR(model.encoder, dtype).format)
     assert (ours - true).abs().max() <= allowed * true.abs().max()
+
+
+def test_a_layer_with_relu(monkeypatch):
+    conv, x = torch.nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 5, 6)
+    true = conv(x).relu()
+    assert torch.equal(fused.relu_layer(conv, x), true) and fused.relu_layer(conv, x).requires_grad
+    # Only where a GPU has it; what is called then is tried here without one.
+    calls, plain = [], lambda x, w, b: torch.nn.functional.conv2d(x, w, b, padding=1).relu()
+    monkeypatch.setattr(fused, "_has_fused", lambda *_: True)
+    monkeypatch.setattr(fused, "relu_convolution", lambda *a: calls.append(a) or plain(*a))
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.relu_layer(conv, x), true)
+    assert calls[0][1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_other_encoders_stay_as_they_are():
