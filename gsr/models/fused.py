@@ -94,12 +94,12 @@ def relu_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def relu_layer(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """relu(conv(x)) of a head; on a GPU, without gradients, in one pass and in the type of x."""
-    plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or conv.bias is None
-    if plain or not _has_fused(x.device, x.dtype):
+    plain, bias = torch.compiler.is_compiling() or torch.is_grad_enabled(), conv.bias
+    if plain or bias is None or not _has_fused(x.device, x.dtype):
         return F.relu(conv(x))
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
-    return relu_convolution(x, conv.weight.to(x.dtype, memory_format=form), conv.bias.to(x.dtype))
+    return relu_convolution(x, conv.weight.to(x.dtype, memory_format=form), bias.to(x.dtype))
 
 
 @functools.cache
