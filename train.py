@@ -38,6 +38,7 @@ from gsr.data.patches import (
 )
 from gsr.device import keep_memory, set_threads
 from gsr.errors import InputError
+from gsr.graphs import GraphedLoss, check_static
 from gsr.losses import WeightedSum, l1
 from gsr.models import GaussianSR
 from gsr.models.checkpoint import load_model
@@ -103,6 +104,9 @@ def train(config: Config, resume: bool = False, progress: bool = True) -> dict[s
         if start >= total:
             raise InputError(f"{run.folder} is finished: it has done all its {total} steps")
         loss_of = distributed.parallel(Loss(model, c.precision, measure))
+        if c.cuda_graph:
+            check_static(config, measure.dense, device)
+            loss_of = GraphedLoss(loss_of)
         batches = load_batches(
             dataset, c.seed, start, total, accumulate=c.accumulate, pin=device.type == "cuda"
         )
@@ -164,6 +168,9 @@ def training_step(
     for i, batch in enumerate(micro_batches, 1):
         last = i == len(micro_batches)  # the ranks average their gradients after that one alone
         with nullcontext() if last else getattr(loss_of, "no_sync", nullcontext)():
+            if isinstance(loss_of, GraphedLoss):
+                losses.append(loss_of.gradients(batch))
+                continue
             loss = loss_of(batch.to(device)) / len(micro_batches)
             loss.backward()
         losses.append(loss.detach())

@@ -207,7 +207,7 @@ def models(job: Job) -> Iterator[dict]:
 
 
 def commands(job: Job) -> Iterator[dict]:
-    """An image from the command line, and a training by one process of a group."""
+    """An image from the command line, and a training."""
     device = job.device.type
     _run([
         sys.executable, "-m", "gsr", "upscale", "assets/demo.png", "--scale", "2.5", "--device",
@@ -215,19 +215,56 @@ def commands(job: Job) -> Iterator[dict]:
     ])  # fmt: skip
     runs = job.folder / "runs"
     shutil.rmtree(runs, ignore_errors=True)
-    for name, more in (("alone", {}), ("group", GROUP_OF_ONE)):
-        _run([
-            sys.executable, "train.py", "--config", "configs/smoke.yaml", f"name={name}",
-            f"train.device={device}", "train.steps=4", "train.log_every=2", "train.val_every=4",
-            f"output={runs}",
-        ], **more)  # fmt: skip
+    _run([
+        sys.executable, "train.py", "--config", "configs/smoke.yaml", f"train.device={device}",
+        "train.steps=4", "train.log_every=2", "train.val_every=4", f"output={runs}",
+    ])  # fmt: skip
     yield from ()
 
 
-GROUP_OF_ONE = {
-    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511",
-}  # fmt: skip
+def devices(job: Job) -> Iterator[dict]:
+    """A training step in a process group of one, and the second device, where there is one."""
+    import torch.distributed as dist
+
+    import train
+    from gsr.config import TrainConfig
+    from gsr.data.patches import Batch
+    from gsr.inference.strips import run
+    from gsr.models import GaussianSR
+
+    torch.manual_seed(0)
+    batch = Batch(
+        torch.rand(2, 3, 16, 16), torch.rand(2, 64, 2) * 2 - 1, torch.rand(2, 64, 3), (40, 40), 2.5
+    )
+    store = job.folder / "group"
+    store.unlink(missing_ok=True)
+    dist.init_process_group(
+        "nccl" if job.cuda else "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    weights = []
+    for wrap in (lambda loss: loss, torch.nn.parallel.DistributedDataParallel):
+        torch.manual_seed(1)
+        model = GaussianSR().train().to(job.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train.training_step(
+            wrap(train.Loss(model, "fp32")), optimizer, [batch], config=TrainConfig(), step=1
+        )
+        weights.append([p.detach().clone() for p in model.parameters()])
+    dist.destroy_process_group()
+    apart = max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
+    print(f"a step in a group of one is {apart:.1e} from one without")
+    if not apart <= 1e-4:
+        raise InputError(f"a step in a group of one is {apart:.1e} from one without")
+    if torch.cuda.device_count() > 1 and job.cuda:
+        lr, model = torch.rand(1, 3, 30, 41), GaussianSR().eval()
+        true = run(model, lr, (99, 130))
+        error = (run(model.to("cuda:1"), lr, (99, 130)) - true).abs().max().item()
+        print(f"cuda:1 is {error:.1e} from the CPU")
+        if not error <= 1e-4:
+            raise InputError(f"cuda:1 is {error:.1e} from the CPU")
+    else:
+        print("there is no second device")
+    yield from ()
 
 
 def sanitizer(job: Job) -> Iterator[dict]:
@@ -302,13 +339,18 @@ def kernels(job: Job) -> Iterator[dict]:
 
 
 def baselines(job: Job) -> Iterator[dict]:
-    """The reference, as it is and compiled, where it fits."""
+    """A kernel by tiles, and the reference, as it is and compiled, where it fits."""
     for case in kernel_cases(job.quick):
         limit = 0.3 * torch.cuda.mem_get_info(job.device)[0] if job.cuda else 2**30
         found = splat.providers(case, job.device, limit)
         plain = {n: f for n, f in found.items() if "reference" in n and callable(f)}
         if job.quick:
             plain.pop("compiled reference", None)
+        shape = case.shape
+        if job.cuda and shape.C == 3 and not shape.points and case.dtype == torch.float32:
+            from bench import tile
+
+            plain["tile kernel"] = tile.splat
         for name, reason in found.items():
             if not callable(reason):
                 print(f"{case.name}, {name}: {reason}")
@@ -340,6 +382,9 @@ def pipeline(job: Job) -> Iterator[dict]:
     from PIL import Image
 
     import gsr
+    from gsr.inference import gpu
+    from gsr.inference.strips import inference
+    from gsr.models.fused import fast_encoder
 
     h, w = (36, 64) if job.quick else (720, 1280)
     y, x = np.mgrid[0:h, 0:w]
@@ -349,6 +394,7 @@ def pipeline(job: Job) -> Iterator[dict]:
     model = gsr.load().to(job.device)
     size, sizes = (4 * h, 4 * w), {"LR": [h, w], "HR": [4 * h, 4 * w]}
     state: dict[str, Any] = {}
+    copies = gpu.HostCopies(job.device) if job.cuda else None
 
     def decode():
         state["image"] = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
@@ -358,14 +404,16 @@ def pipeline(job: Job) -> Iterator[dict]:
         state["lr"] = lr.to(job.device)
 
     def encoder():
-        state["encoded"] = model.encode(state["lr"])
+        fast = fast_encoder(model.encoder, state["dtype"])
+        state["encoded"] = model.head.encode(fast(state["lr"]), state["lr"])
 
     def render():
         state["hr"] = model.render(state["encoded"], size, 4)
 
     def copy():
         hr = state["hr"].clamp(0, 1).mul(255).round().to(torch.uint8)
-        state["out"] = hr[0].permute(1, 2, 0).contiguous().cpu().numpy()
+        hr = hr[0].permute(1, 2, 0).contiguous()
+        state["out"] = (copies.start(hr)() if copies else hr).numpy()
 
     def encode():
         Image.fromarray(state["out"]).save(io.BytesIO(), "PNG", compress_level=1)
@@ -374,9 +422,10 @@ def pipeline(job: Job) -> Iterator[dict]:
     for precision in ("fp32", "bf16"):
         steps = {f.__name__: f for f in (decode, upload, encoder, render, copy, encode)}
         found: dict[str, list[float]] = {name: [] for name in [*steps, "gsr.upscale"]}
-        on = torch.autocast(job.device.type, torch.bfloat16, enabled=precision == "bf16")
+        bf16 = precision == "bf16"
+        state["dtype"] = torch.bfloat16 if bf16 else torch.float32
         for _ in range(rounds + 1):
-            with torch.inference_mode(), on:
+            with inference(model), torch.autocast(job.device.type, torch.bfloat16, bf16):
                 for name, run in steps.items():
                     found[name].append(_seconds(run, job))
             image = Image.fromarray(state["image"])
@@ -391,6 +440,7 @@ def training(job: Job) -> Iterator[dict]:
     """A training step of the bundled model's config, its batch at hand."""
     import train
     from gsr.data.patches import PatchDataset, load_batches, split_images
+    from gsr.graphs import GraphedLoss
     from gsr.models import GaussianSR
     from gsr.optim import make_optimizer
 
@@ -398,12 +448,15 @@ def training(job: Job) -> Iterator[dict]:
     small = ["data.batch=2", "data.patch=24", "data.queries=576"] if job.quick else []
     config = load_config(ROOT / "configs" / "gsr-lite.yaml", [*own, *small])
     dataset = PatchDataset(split_images(config.data)[0], config.data)
-    batch = next(load_batches(dataset, 1, 0, 1, accumulate=1, pin=False))
-    for precision in ("fp32", "bf16"):
+    batch = next(load_batches(dataset, 1, 0, 1, accumulate=1, pin=job.cuda))
+    kinds = [("fp32", False), ("bf16", False)] + [("fp32", True), ("bf16", True)] * job.cuda
+    for precision, graph in kinds:
         torch.manual_seed(1)
         model = GaussianSR(config.model).train().to(job.device)
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        loss_of, optimizer = train.Loss(model, precision), make_optimizer(model, config.train)
+        optimizer = make_optimizer(model, config.train)
+        loss_of: Any = train.Loss(model, precision)
+        loss_of = GraphedLoss(loss_of) if graph else loss_of
 
         def take(step, loss_of=loss_of, optimizer=optimizer):
             train.training_step(loss_of, optimizer, batch, config=config.train, step=step)
@@ -411,7 +464,8 @@ def training(job: Job) -> Iterator[dict]:
         steps = range(1, 5 if job.quick else 31)
         taken = [_seconds(lambda step=step: take(step), job) for step in steps]
         yield schema.row(
-            "training step", precision, {"batch": config.data.batch, "patch": config.data.patch},
+            "training step", f"{precision} graph" if graph else precision,
+            {"batch": config.data.batch, "patch": config.data.patch},
             seconds=quantiles(taken[len(taken) // 3 :]),
         )  # fmt: skip
 
@@ -425,6 +479,7 @@ PARTS: dict[str, tuple[Callable[[Job], Iterator[dict]], int]] = {
     "models": (models, 90),
     "pipeline": (pipeline, 90),
     "commands": (commands, 90),
+    "devices": (devices, 60),
     "training": (training, 90),
     "autotune": (autotune, 240),
     "baselines": (baselines, 90),
@@ -562,9 +617,11 @@ def headlines(report: dict) -> list[str]:
                 f"{n} {s * 1e3:.1f}" for n, s in zip((*STEPS, "gsr.upscale"), t, strict=True)
             )
             lines.append(f"720p x4 {precision}, ms: {shares}")
-    steps = [p50("training", "training step", provider=p) for p in ("fp32", "bf16")]
-    if not all(math.isnan(s) for s in steps):
-        lines.append(f"training step: fp32 {steps[0] * 1e3:.1f} ms, bf16 {steps[1] * 1e3:.1f} ms")
+    kinds = "fp32", "bf16", "fp32 graph", "bf16 graph"
+    steps = {k: p50("training", "training step", provider=k) for k in kinds}
+    steps = [f"{k} {s * 1e3:.1f} ms" for k, s in steps.items() if not math.isnan(s)]
+    if steps:
+        lines.append("training step: " + ", ".join(steps))
     return lines[:10]
 
 

@@ -214,7 +214,7 @@ def _parser(inspect: bool) -> argparse.ArgumentParser:
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="auto (default) takes bf16 where the processor is fast in it and the model was "
-        "measured to lose at most 0.01 dB by it",
+        "measured to lose at most 0.01 dB by it; fp32 has all digits, on a GPU without TF32",
     )
     _add_output_options(up)
     up.add_argument("-q", "--quiet", action="store_true", help="print nothing")

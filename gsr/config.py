@@ -340,6 +340,7 @@ class TrainConfig(Section):
             "auto, cpu, cuda, cuda:1 or the like, mps or xpu", lambda s, _: re.fullmatch(DEVICES, s)
         ),
     ] = key("auto", "auto: CUDA where there is one, else cpu")
+    cuda_graph: bool = key(False, "a step's gradients as one CUDA graph: a GPU, mode direct")
     threads: int | None = key(None, "CPU threads; null: PyTorch's choice", ge=1, le=MAX_THREADS)
     log_every: Steps = key(50, "steps")
     val_every: Steps = key(1000, "steps")

@@ -83,6 +83,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 
 
 OPTIMIZERS = {"adam": "gsr.optim.adam", "adamw": "torch.optim.AdamW"}
+HOW = {"fused", "foreach", "differentiable"}  # keys of how it computes, of which one is chosen
 SCHEDULES = {"step": "gsr.optim.step_schedule", "cosine": "gsr.optim.cosine_schedule"}
 
 
@@ -101,6 +102,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         raise InputError("train.optimizer.lr is not a key; set train.lr")
     keys["lr"] = config.lr
     maker = parts.find(part.name, OPTIMIZERS, "train.optimizer")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if part.name in OPTIMIZERS and device.type == "cuda" and not keys.keys() & HOW:
+        keys["fused"] = True  # one kernel for all parameters
     if part.name == "adam" and config.muon_lr is not None:
         keys["muon_lr"] = config.muon_lr
     own_class = isinstance(maker, type) and issubclass(maker, torch.optim.Optimizer)
@@ -113,7 +117,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    getattr(optimizer, "adam", optimizer).register_load_state_dict_pre_hook(_keep_how)
     return optimizer
+
+
+def _keep_how(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state with this optimiser's own ways to compute: it may come from another device."""
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=False)
+    own = [saved | {k: now[k] for k in HOW & now.keys()} for saved, now in pairs]
+    same = len(state["param_groups"]) == len(optimizer.param_groups)
+    return {**state, "param_groups": own} if same else state
 
 
 def adam(model: Any, lr: float, muon_lr: float | None = None, **keys: Any) -> torch.optim.Optimizer:

@@ -49,8 +49,8 @@ SHOWN_SCALE = 4  # of the crop that TensorBoard shows
 # What may differ when a run is resumed: nothing that decides its weights, but for their rounding.
 MAY_CHANGE = {
     "data.workers", "data.cache", "data.cache_budget", "data.cache_dir", "train.accumulate",
-    "train.device", "train.threads", "train.log_every", "train.val_every", "train.save_every",
-    "train.keep", "output",
+    "train.device", "train.cuda_graph", "train.threads", "train.log_every", "train.val_every",
+    "train.save_every", "train.keep", "output",
 }  # fmt: skip
 
 

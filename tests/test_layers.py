@@ -10,8 +10,8 @@ GSR = Path(__file__).parents[1] / "gsr"
 LAYERS = [
     ("errors",), ("io", "parts"), ("schema",), ("config",), ("device",), ("kernels", "ops"),
     ("models",), ("inference",),
-    ("distributed", "losses", "metrics", "optim"), ("data",), ("describe", "sheet"), ("viz",),
-    ("evaluation", "runs"), ("plan",), ("batch",), ("cli",),
+    ("distributed", "losses", "metrics", "optim"), ("data",), ("graphs",), ("describe", "sheet"),
+    ("viz",), ("evaluation", "runs"), ("plan",), ("batch",), ("cli",),
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

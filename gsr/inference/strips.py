@@ -12,11 +12,11 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Real
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,15 +62,37 @@ def run(
     check_lr(lr)
 
     def source(start: int, stop: int) -> Tensor:
-        return lr[..., start:stop, :].detach().to(model_device(model), torch.float32)
+        rows = lr[..., start:stop, :].detach()
+        return rows.to(model_device(model), torch.float32, non_blocking=True)
 
     out = torch.empty(lr.shape[0], 3, *size, dtype=torch.float32, device=lr.device)
     with progress_bar(progress) as bar, inference(model):
-        renderer = StripRenderer(model, source, lr.shape, size, scale, precision, bar=bar)
+        renderer = make_renderer(
+            model, source, lr.shape, size, scale, precision, bar=bar, to=lr.device
+        )
         renderer.fit(max_memory, out.nbytes)
         for start, stop, strip in renderer.strips():
             out[:, :, start:stop] = strip
     return out
+
+
+def make_renderer(
+    model: GaussianSR,
+    *arguments: Any,
+    to: torch.device | str,
+    interleaved: bool = False,
+    **options: Any,
+) -> Any:
+    """A `StripRenderer` with these arguments, or what takes its place on a GPU.
+
+    `to` is the device where the strips are wanted; `interleaved` says that the channels of a pixel
+    lie together in what is made of them.
+    """
+    if model_device(model).type != "cuda":
+        return StripRenderer(model, *arguments, **options)
+    from gsr.inference.gpu import GpuRenderer
+
+    return GpuRenderer(model, *arguments, **options, to=to, interleaved=interleaved)
 
 
 class Tile(NamedTuple):
@@ -181,16 +203,7 @@ class StripRenderer:
         even single rows fit.
         """
         if max_memory is not None:
-            number = isinstance(max_memory, Real) and not isinstance(max_memory, bool)
-            if not number or math.isnan(max_memory):
-                raise InputError(f"max_memory must be a number of bytes, not {max_memory!r}")
-            taken = _resident() + result
-            left, least = max_memory - taken, taken + self._bytes(1, 1)
-            if least > max_memory:
-                raise InputError(
-                    f"this image takes about {least / 1e6:.0f} MB, more than max_memory "
-                    f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or a smaller size"
-                )
+            left = check_memory(max_memory, result, self._bytes(1, 1))
             while self._bytes(self.band, self.strip) > left:
                 self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
             self.keep = min(KEEP, left - self._bytes(self.band, self.strip))
@@ -244,7 +257,7 @@ class StripRenderer:
                 # The next band's tiles beside them: short tasks at the end keep all threads busy.
                 done = self._encode(after, tasks) if todo == ready else self._run(tasks)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(error)
                 continue
@@ -398,19 +411,42 @@ class StripRenderer:
     def _halve(self, error: Exception) -> None:
         """Go on with bands and strips of half the size, from where the result has got to."""
         if self.band == self.strip == 1:
-            raise InputError(
-                "there is not enough memory to encode and render even single rows of this image; "
-                "cut it into parts, or use a machine with more memory"
-            ) from error
+            refuse(error)
         self.band, self.strip = max(1, self.band // 2), max(1, self.strip // 2)
         self.keep //= 2
         self._rewind()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     # The CPU's allocator has no exception of its own.
     kinds = MemoryError, torch.OutOfMemoryError
     return isinstance(error, kinds) or "allocate memory" in str(error)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Raise InputError: not even single rows fit into memory."""
+    raise InputError(
+        "there is not enough memory to encode and render even single rows of this image; "
+        "cut it into parts, or use a machine with more memory"
+    ) from error
+
+
+def check_memory(max_memory: Any, result: int, least: int) -> float:
+    """Return the bytes that are left of `max_memory` when the result, of so many, is written.
+
+    Raises:
+        InputError: it is no number, or less than `least` would be left.
+    """
+    number = isinstance(max_memory, Real) and not isinstance(max_memory, bool)
+    if not number or math.isnan(max_memory):
+        raise InputError(f"max_memory must be a number of bytes, not {max_memory!r}")
+    taken = _resident() + result
+    if taken + least > max_memory:
+        raise InputError(
+            f"this image takes about {(taken + least) / 1e6:.0f} MB, more than max_memory "
+            f"(--max-memory) = {max_memory / 1e6:.0f} MB; allow more, or a smaller size"
+        )
+    return float(max_memory) - taken
 
 
 def _resident() -> int:
@@ -459,16 +495,27 @@ def work(model: GaussianSR, shape: tuple[int, int], size: tuple[int, int]) -> fl
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients within; every module's own training flag restored after."""
+    """Evaluation mode and no gradients within; every module's own training flag restored after.
+
+    What is float32 is computed as that, also on a GPU.
+    """
     before = [(module, True) for module in model.modules() if module.training]
     if before:
         model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _exact(model):
             yield
     finally:
         for module, training in before:
             module.training = training
+
+
+def _exact(model: torch.nn.Module):
+    if model_device(model).type != "cuda":
+        return nullcontext()
+    from gsr.inference.gpu import exact_float32
+
+    return exact_float32()
 
 
 @contextmanager

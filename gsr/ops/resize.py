@@ -52,13 +52,16 @@ def bicubic_rows(
 ) -> Tensor:
     """The first half of `bicubic`: HR rows (start, stop) at LR columns, [B, C, stop - start, w]."""
     top, h = band or (0, x.shape[-2])
-    y = (torch.arange(*rows, device=x.device, dtype=torch.float64) + 0.5) * h / height
+    # Rows and weights are made on the CPU: on a GPU each of these steps is an operation.
+    y = (torch.arange(*rows, dtype=torch.float64) + 0.5) * h / height
     above = torch.floor(y - 0.5)
     t = (y - 0.5 - above).to(x.dtype)
+    taps = range(-1, 3)
+    index = torch.stack([(above.long() + tap).clamp(0, h - 1) - top for tap in taps])
+    weight = torch.stack([cubic((t - tap).abs()) for tap in taps])[:, :, None]
     tall = x.new_zeros(())
-    for tap in range(-1, 3):
-        row = (above.long() + tap).clamp(0, h - 1) - top
-        tall = tall + x.index_select(-2, row) * cubic((t - tap).abs())[:, None]
+    for row, w in zip(*(a.to(x.device, non_blocking=True) for a in (index, weight)), strict=True):
+        tall = tall + x.index_select(-2, row) * w
     return tall
 
 

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,6 +74,51 @@ def test_pipeline_and_training(tmp_path):
     for precision in ("fp32", "bf16"):
         assert {(f"720p x4: {n}", precision) for n in (*gpu.STEPS, "gsr.upscale")} <= cases
         assert ("training step", precision) in cases
+
+
+def test_a_group_of_one(tmp_path, capsys, monkeypatch):
+    assert rows_of("devices", tmp_path) == []
+    assert "there is no second device" in capsys.readouterr().out
+    import torch.distributed as dist
+
+    wrapped = torch.nn.parallel.DistributedDataParallel
+
+    def false(loss):
+        loss.model.head.out.weight.data += 1
+        return wrapped(loss)
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", false)
+    with pytest.raises(InputError, match="a step in a group of one is .* from one without"):
+        rows_of("devices", tmp_path)
+    assert not dist.is_initialized()
+
+
+TILES = """
+import torch
+from bench import tile
+from gsr.ops import reference
+from gsr.ops.arguments import Gaussians, Grid, Weighting
+g = torch.Generator().manual_seed(0)
+rand = lambda *shape: torch.rand(2, 3, *shape, 7, 5, generator=g)
+values, sigma, rho = rand(3), rand(2) / 2 + 0.2, rand() - 0.5
+opacity, offset = rand(), rand(2) - 0.5
+for size, radius, normalize in (((28, 20), 1, True), ((23, 37), 2, False)):
+    out = tile.splat(values, sigma, rho, opacity, size, offset, radius, normalize, 0.01)
+    true = reference.splat(
+        Gaussians(values, sigma, rho, opacity, offset), Grid(size, (0, size[0]), (0, 7)),
+        Weighting(radius, normalize, 0.01),
+    )
+    assert (out - true).abs().max() < 1e-5, (out - true).abs().max()
+"""
+
+
+def test_the_kernel_by_tiles():
+    pytest.importorskip("triton", reason="triton is not installed: there are no kernels")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TILES], env=environment, cwd=gpu.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ---- the command --------------------------------------------------------------------------------
