@@ -197,3 +197,43 @@ def _read(path: Path) -> dict[str, Config]:
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise InputError(f"{path} is no file of tuned configurations: {error}") from None
+
+
+# ---- the Fourier decoder ------------------------------------------------------------------------
+
+# Pixels of a program; phases and units of the MLP that it makes at a time, from blocks of DEPTH
+# numbers, of which STAGES are on their way; programs of a multiprocessor. Larger blocks read fewer
+# weights, and spill.
+DECODE = {
+    "bf16": {"PIXELS": 128, "WAVES": 32, "UNITS": 128, "DEPTH": 64, "STAGES": 3, "num_warps": 8},
+    "fp32": {"PIXELS": 64, "WAVES": 16, "UNITS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 4},
+}
+
+
+def choose_decode(kind: str, arch: str, *, half: int = 128, channels: int = 64) -> Config:
+    """The shipped configuration of `decode_colours`.
+
+    Args:
+        kind: "bf16" or "fp32", the type that matrices are multiplied in.
+        half: phases, half the width of the MLP.
+        channels: of the features.
+    """
+    config = {**DECODE[kind], "PROGRAMS": 1}
+    blocks = {"WAVES": half, "UNITS": 2 * half, "DEPTH": math.gcd(channels, 2 * half)}
+    config |= {name: math.gcd(config[name], n) for name, n in blocks.items()}
+    exact = "ieee" if arch.startswith("gfx") else "tf32x3"
+    return {**config, "PRECISION": exact if kind == "fp32" else "tf32"}
+
+
+def decode_config(dtype: torch.dtype, device: torch.device, *, half: int, channels: int) -> Config:
+    """Keyword arguments of the launch of `decode_colours`, and PROGRAMS of a multiprocessor."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return choose_decode(kind, architecture(device), half=half, channels=channels)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 of anything else (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
