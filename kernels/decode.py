@@ -22,6 +22,7 @@ is the program's own, and small enough for L2. Weights are read from there too, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,13 +70,19 @@ def _cubic(t, TAP: tl.constexpr):
 
 @_jit
 def decode_features(
-    features, splatted, out, h, w, top, held, big_h, big_w, q_start, q_rows, channels, narrow,
-    CP: tl.constexpr, PIXELS: tl.constexpr,
+    features, splatted, lr, q, out, h, w, top, held, big_h, big_w, q_start, q_rows, start, rows,
+    channels, narrow, CP: tl.constexpr, PIXELS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Features at HR, channels last: out [B, q_rows, W, CP].
+    """Features at HR, channels last, and with SKIP the LR image at HR.
 
-    Program (block of columns, row, image). features [B, held, w, channels] are LR rows from `top`
-    on; the first `narrow` channels come from splatted [B, narrow, q_rows, W].
+    Program (block of columns, row of q, image).
+
+    Args:
+        features: [B, held, w, channels], LR rows from `top` on.
+        splatted: [B, narrow, q_rows, W], what the first channels are instead.
+        lr: [B, 3, held, w].
+        q: [B, q_rows, W, CP], the result, HR rows from `q_start` on.
+        out: [B, 3, rows, W], HR rows from `start` on.
     """
     blocks = tl.cdiv(big_w, PIXELS)
     pid = tl.program_id(0)
@@ -89,6 +96,10 @@ def decode_features(
     mine = real & (c < channels)[None, :]
     wide = mine & (c >= narrow)[None, :]
     value = tl.zeros([PIXELS, CP], tl.float32)
+    red = tl.zeros([PIXELS], tl.float32)
+    green = tl.zeros([PIXELS], tl.float32)
+    blue = tl.zeros([PIXELS], tl.float32)
+    size = held.to(tl.int64) * w
     for across in tl.static_range(4):
         column = tl.minimum(tl.maximum(j + (across - 1), 0), w - 1)
         tall = tl.zeros([PIXELS, CP], tl.float32)
@@ -97,12 +108,26 @@ def decode_features(
             at = ((b * held + ii) * w + column) * channels
             loaded = tl.load(features + at[:, None] + c[None, :], wide, other=0.0)
             tall += _cubic(ty, down) * loaded.to(tl.float32)
+            if SKIP:
+                weight = _cubic(ty, down) * _cubic(tx, across)
+                at = lr + (b * 3 * held + ii) * w + column
+                red += weight * tl.load(at, x < big_w, other=0.0)
+                green += weight * tl.load(at + size, x < big_w, other=0.0)
+                blue += weight * tl.load(at + 2 * size, x < big_w, other=0.0)
         value += _cubic(tx, across)[:, None] * tall
     at = ((b * narrow + c.to(tl.int64)) * q_rows + row) * big_w
     taken = mine & (c < narrow)[None, :]
     value += tl.load(splatted + at[None, :] + x[:, None], taken, other=0.0).to(tl.float32)
     at = (line * big_w + x) * CP
-    tl.store(out + at[:, None] + c[None, :], value.to(out.dtype.element_ty), real)
+    tl.store(q + at[:, None] + c[None, :], value.to(q.dtype.element_ty), real)
+    if SKIP:
+        size = rows.to(tl.int64) * big_w
+        y = tl.full([PIXELS], 0, tl.int32) + (row + q_start - start)
+        at = out + b * 3 * size + y.to(tl.int64) * big_w + x
+        taken = (x < big_w) & (y >= 0) & (y < rows)
+        tl.store(at, red, taken)
+        tl.store(at + size, green, taken)
+        tl.store(at + 2 * size, blue, taken)
 
 
 # ---- colours ------------------------------------------------------------------------------------
@@ -149,8 +174,8 @@ def _gelu(x, EXACT: tl.constexpr):
 
 @_jit
 def decode_colours(
-    q, conv, conv_bias, phase, weights, biases, last, last_bias, ry, rx, lr, scratch, out,
-    h, w, top, held, big_h, big_w, q_start, q_rows, start, rows, lines, layers,
+    q, conv, conv_bias, phase, weights, biases, last, last_bias, ry, rx, scratch, out,
+    big_h, big_w, q_start, q_rows, start, rows, lines, layers,
     CP: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr, PIXELS: tl.constexpr,
     WAVES: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, STAGES: tl.constexpr,
@@ -166,26 +191,30 @@ def decode_colours(
         weights: [layers, 2 HALF, 2 HALF], (out, in); biases [layers, 2 HALF].
         last: [3, 2 HALF]; last_bias [3].
         ry, rx: [H] and [W], positions relative to the nearest LR pixel.
-        lr: [B, 3, held, w], LR rows from `top` on, of SKIP.
         scratch: [programs, 2, PIXELS, 2 HALF].
+        out: with SKIP it holds the upsampled LR image.
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     WIDTH: tl.constexpr = 2 * HALF
     p, depth = tl.arange(0, PIXELS), tl.arange(0, DEPTH)
     n, unit = tl.arange(0, WAVES), tl.arange(0, UNITS)
-    place = tl.program_id(0).to(tl.int64) * (2 * PIXELS * WIDTH) + p * WIDTH
+    own = scratch + tl.program_id(0).to(tl.int64) * (2 * PIXELS * WIDTH)
+    place = (p * WIDTH)[:, None]
     blocks = tl.cdiv(lines.to(tl.int64) * big_w, PIXELS)
     for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
         # Where the pixels are. Blocks go on from row to row and from image to image.
-        first = block * PIXELS
-        column = (first % big_w).to(tl.int32) + p
-        line = (first // big_w).to(tl.int32) + column // big_w
-        real, x = line < lines, column % big_w
-        b, row = (line // rows).to(tl.int64), line % rows
-        y = start + row
-        pixel = ((b * q_rows + (y - q_start)) * big_w + x) * CP
+        line0 = (block * PIXELS // big_w).to(tl.int32)
+        x0 = (block * PIXELS % big_w).to(tl.int32)
+        line, x = line0 + (x0 + p) // big_w, (x0 + p) % big_w
+        real, b, b0 = line < lines, line // rows, line0 // rows
+        y = tl.where(real, start + line % rows, -4)  # whose neighbours are outside as well
+        # Offsets are 64 bits up to the first pixel. From there on 32 are enough: (3 PIXELS + 4 W) CP
+        # at most, since with each image no more than two rows of q are left out.
+        q0 = q + ((b0.to(tl.int64) * q_rows + line0 % rows + start - q_start) * big_w + x0) * CP
+        away = ((line - line0 + (b - b0) * (q_rows - rows)) * big_w + x - x0) * CP
 
         # Amplitudes, frequencies and waves, for WAVES phases at a time.
+        tl.debug_barrier()  # before the last layer's source is written over
         for low in range(0, HALF, WAVES):
             a_cos = tl.zeros([PIXELS, WAVES], tl.float32)
             a_sin = tl.zeros([PIXELS, WAVES], tl.float32)
@@ -194,10 +223,10 @@ def decode_colours(
             for k in tl.range(0, 9 * (CP // DEPTH), num_stages=STAGES):
                 tap, c = k // (CP // DEPTH), k % (CP // DEPTH) * DEPTH + depth
                 dy, dx = tap // 3 - 1, tap % 3 - 1
-                inside = real & (y + dy >= 0) & (y + dy < big_h) & (x + dx >= 0) & (x + dx < big_w)
-                near = pixel + (dy * big_w + dx).to(tl.int64) * CP
-                a = tl.load(q + near[:, None] + c[None, :], inside[:, None], other=0.0)
-                part = conv + (tap * 4 * HALF + low + n)[None, :] * CP + c[:, None]
+                inside = (y + dy >= 0) & (y + dy < big_h) & (x + dx >= 0) & (x + dx < big_w)
+                near = away + (dy * big_w + dx) * CP
+                a = tl.load(q0 + (near[:, None] + c[None, :]), inside[:, None], other=0.0)
+                part = conv + ((tap * 4 * HALF + low + n)[None, :] * CP + c[:, None])
                 a_cos = _dot(a, tl.load(part), a_cos, PRECISION, WIDEN)
                 a_sin = _dot(a, tl.load(part + HALF * CP), a_sin, PRECISION, WIDEN)
                 f_y = _dot(a, tl.load(part + 2 * HALF * CP), f_y, PRECISION, WIDEN)
@@ -208,7 +237,7 @@ def decode_colours(
             py = tl.load(ry + y, real, other=0.0)[:, None]
             px = tl.load(rx + x, real, other=0.0)[:, None]
             sin, cos = _sin_cos(f_y * py + f_x * px + tl.load(phase + low + n)[None, :])
-            to = scratch + place[:, None] + (low + n)[None, :]
+            to = own + (place + (low + n)[None, :])
             a_cos += tl.load(bias)[None, :]
             a_sin += tl.load(bias + HALF)[None, :]
             tl.store(to, (a_cos * cos).to(scratch.dtype.element_ty))
@@ -222,20 +251,19 @@ def decode_colours(
         blue = tl.zeros([PIXELS], tl.float32)
         for layer in range(layers):
             tl.debug_barrier()
-            source = scratch + place + layer % 2 * (PIXELS * WIDTH)
-            to = scratch + place + (1 - layer % 2) * (PIXELS * WIDTH)
+            source = own + layer % 2 * (PIXELS * WIDTH)
+            to = own + (1 - layer % 2) * (PIXELS * WIDTH)
             for low in range(0, WIDTH, UNITS):
                 total = tl.zeros([PIXELS, UNITS], tl.float32)
-                row_w = weights + ((layer * WIDTH + low) * WIDTH + unit * WIDTH)[None, :]
+                matrix = weights + (layer * WIDTH + low) * WIDTH
                 for k in tl.range(0, WIDTH, DEPTH, num_stages=STAGES):
-                    a = tl.load(source[:, None] + (k + depth)[None, :])
-                    block_w = tl.load(row_w + (k + depth)[:, None])
-                    total = _dot(a, block_w, total, PRECISION, WIDEN)
+                    a = tl.load(source + (place + (k + depth)[None, :]))
+                    w_block = tl.load(matrix + ((unit * WIDTH)[None, :] + (k + depth)[:, None]))
+                    total = _dot(a, w_block, total, PRECISION, WIDEN)
                 total += tl.load(biases + layer * WIDTH + low + unit)[None, :]
                 total = _gelu(total, EXACT)
                 if layer < layers - 1:
-                    at = to[:, None] + (low + unit)[None, :]
-                    tl.store(at, total.to(scratch.dtype.element_ty))
+                    tl.store(to + (place + (low + unit)[None, :]), total.to(scratch.dtype.element_ty))
                 else:
                     colour = last + low + unit
                     red += tl.sum(total * tl.load(colour)[None, :], axis=1)
@@ -245,21 +273,12 @@ def decode_colours(
         red = 0.5 * (red + tl.load(last_bias)) + 0.5
         green = 0.5 * (green + tl.load(last_bias + 1)) + 0.5
         blue = 0.5 * (blue + tl.load(last_bias + 2)) + 0.5
-        if SKIP:
-            plane = held.to(tl.int64) * w
-            i, ty = _position(y, h, big_h)
-            j, tx = _position(x, w, big_w)
-            for tap in tl.static_range(16):
-                ii = tl.minimum(tl.maximum(i + (tap // 4 - 1), 0), h - 1) - top
-                jj = tl.minimum(tl.maximum(j + (tap % 4 - 1), 0), w - 1)
-                weight = _cubic(ty, tap // 4) * _cubic(tx, tap % 4)
-                at = lr + b * 3 * plane + ii.to(tl.int64) * w + jj
-                red += weight * tl.load(at, real, other=0.0)
-                green += weight * tl.load(at + plane, real, other=0.0)
-                blue += weight * tl.load(at + 2 * plane, real, other=0.0)
-            red, green, blue = red - 0.5, green - 0.5, blue - 0.5
         plane = rows.to(tl.int64) * big_w
-        at = out + b * 3 * plane + row.to(tl.int64) * big_w + x
+        at = out + b.to(tl.int64) * 3 * plane + (line % rows).to(tl.int64) * big_w + x
+        if SKIP:
+            red += tl.load(at, real, other=0.0) - 0.5
+            green += tl.load(at + plane, real, other=0.0) - 0.5
+            blue += tl.load(at + 2 * plane, real, other=0.0) - 0.5
         tl.store(at, red, real)
         tl.store(at + plane, green, real)
         tl.store(at + 2 * plane, blue, real)
@@ -275,30 +294,30 @@ def forward(
     (big_h, big_w), (start, stop), (top, h) = strip
     first, last = strip.around
     b, channels, held, w = features.shape
-    out = features.new_empty(b, 3, stop - start, big_w)
+    device, dtype = features.device, weights.conv.dtype
+    out = torch.empty(b, 3, stop - start, big_w, device=device)
     if out.numel() == 0:
         return out
     _, _, half, padded = weights.conv.shape
-    q = features.new_empty(b, last - first, big_w, padded, dtype=weights.conv.dtype)
-    pixels = max(1, FEATURES // padded)
+    q = torch.empty(b, last - first, big_w, padded, device=device, dtype=dtype)
+    pixels, skip = max(1, FEATURES // padded), lr.shape[1] > 0
     launch(
         decode_features, (triton.cdiv(big_w, pixels) * (last - first) * b,),
-        features.permute(0, 2, 3, 1).contiguous(), splatted.contiguous(), q,
-        h, w, top, held, big_h, big_w, first, last - first, channels, splatted.shape[1],
-        CP=padded, PIXELS=pixels,
+        features.permute(0, 2, 3, 1).contiguous(), splatted.contiguous(), lr.contiguous(), q, out,
+        h, w, top, held, big_h, big_w, first, last - first, start, stop - start,
+        channels, splatted.shape[1], CP=padded, PIXELS=pixels, SKIP=skip,
     )  # fmt: skip
-    config = decode_config(q.dtype, features.device, half=half, channels=padded)
+    config = decode_config(dtype, device, half=half, channels=padded)
     lines = b * (stop - start)
-    each = config.pop("PROGRAMS")
     programs = min(
-        each * multiprocessors(features.device), triton.cdiv(lines * big_w, config["PIXELS"])
+        config.pop("PROGRAMS") * multiprocessors(device),
+        triton.cdiv(lines * big_w, config["PIXELS"]),
     )
-    scratch = q.new_empty(programs, 2, config["PIXELS"], 2 * half)
+    scratch = torch.empty(programs, 2, config["PIXELS"], 2 * half, device=device, dtype=dtype)
     launch(
         decode_colours, (programs,),
-        q, *(t.contiguous() for t in weights), lr.contiguous(), scratch, out,
-        h, w, top, held, big_h, big_w, first, last - first, start, stop - start, lines,
-        len(weights.weights), CP=padded, HALF=half, SKIP=lr.shape[1] > 0,
-        WIDEN=features.device.type == "cpu", **config,
+        q, *(t.contiguous() for t in weights), scratch, out,
+        big_h, big_w, first, last - first, start, stop - start, lines, len(weights.weights),
+        CP=padded, HALF=half, SKIP=skip, WIDEN=device.type == "cpu", **config,
     )  # fmt: skip
     return out

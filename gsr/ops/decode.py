@@ -114,8 +114,8 @@ def reference(
     for matrix, bias in zip(w.weights, w.biases, strict=True):
         x = F.gelu(F.linear(x.to(matrix.dtype), matrix, bias.to(matrix.dtype)))
     x = F.linear(x.to(w.last.dtype), w.last, w.last_bias) * 0.5 + 0.5
-    out = x.permute(0, 3, 1, 2)
-    return out + bicubic(lr, *strip) - 0.5 if lr.shape[1] else out.contiguous()
+    out = x.permute(0, 3, 1, 2).contiguous()
+    return out + bicubic(lr, *strip) - 0.5 if lr.shape[1] else out
 
 
 def _run(
