@@ -18,7 +18,7 @@ is the program's own, and small enough for L2. Weights are read from there too, 
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # Some versions of Triton say that a cdiv gives a constexpr, and their functions nothing:
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -29,18 +29,15 @@ from torch import Tensor
 
 from gsr.ops.decode import DecoderWeights, Strip
 
-from .configs import decode_config, multiprocessors
+from .configs import decode_config, decode_programs
 from .splat import launch
 
 # As in kernels/splat.py: no compilations for particular numbers.
-_jit = triton.jit(
-    do_not_specialize=[
-        "h", "w", "top", "held", "big_h", "big_w", "start", "rows", "q_start", "q_rows", "lines",
-        "channels", "narrow", "layers",
-    ]  # fmt: skip
-)
-
-FEATURES = 2048  # numbers of a program of `decode_features`
+NUMBERS = """
+    h w top held big_h big_w start rows q_start q_rows lines channels narrow layers
+""".split()
+_jit = triton.jit(do_not_specialize=NUMBERS)
+FEATURES = 512  # numbers of a program of `decode_features`
 
 # ---- bicubic resizing ---------------------------------------------------------------------------
 
@@ -206,10 +203,10 @@ def decode_colours(
         line0 = (block * PIXELS // big_w).to(tl.int32)
         x0 = (block * PIXELS % big_w).to(tl.int32)
         line, x = line0 + (x0 + p) // big_w, (x0 + p) % big_w
-        real, b, b0 = line < lines, line // rows, line0 // rows
-        y = tl.where(real, start + line % rows, -4)  # whose neighbours are outside as well
-        # Offsets are 64 bits up to the first pixel. From there on 32 are enough: (3 PIXELS + 4 W) CP
-        # at most, since with each image no more than two rows of q are left out.
+        b, b0, row, real = line // rows, line0 // rows, line % rows, line < lines
+        y = tl.where(real, start + row, -4)  # whose neighbours are outside as well
+        # 64 bits up to the first pixel. From there on 32 are enough: (3 PIXELS + 4 W) CP at most,
+        # since with each image no more than two rows of q are left out.
         q0 = q + ((b0.to(tl.int64) * q_rows + line0 % rows + start - q_start) * big_w + x0) * CP
         away = ((line - line0 + (b - b0) * (q_rows - rows)) * big_w + x - x0) * CP
 
@@ -234,6 +231,7 @@ def decode_colours(
             bias = conv_bias + low + n
             f_y += tl.load(bias + 2 * HALF)[None, :]
             f_x += tl.load(bias + 3 * HALF)[None, :]
+            # Masked, though without need: else LLVM loads it early, and lacks the registers.
             py = tl.load(ry + y, real, other=0.0)[:, None]
             px = tl.load(rx + x, real, other=0.0)[:, None]
             sin, cos = _sin_cos(f_y * py + f_x * px + tl.load(phase + low + n)[None, :])
@@ -263,7 +261,8 @@ def decode_colours(
                 total += tl.load(biases + layer * WIDTH + low + unit)[None, :]
                 total = _gelu(total, EXACT)
                 if layer < layers - 1:
-                    tl.store(to + (place + (low + unit)[None, :]), total.to(scratch.dtype.element_ty))
+                    at = to + (place + (low + unit)[None, :])
+                    tl.store(at, total.to(scratch.dtype.element_ty))
                 else:
                     colour = last + low + unit
                     red += tl.sum(total * tl.load(colour)[None, :], axis=1)
@@ -274,7 +273,7 @@ def decode_colours(
         green = 0.5 * (green + tl.load(last_bias + 1)) + 0.5
         blue = 0.5 * (blue + tl.load(last_bias + 2)) + 0.5
         plane = rows.to(tl.int64) * big_w
-        at = out + b.to(tl.int64) * 3 * plane + (line % rows).to(tl.int64) * big_w + x
+        at = out + b.to(tl.int64) * 3 * plane + row.to(tl.int64) * big_w + x
         if SKIP:
             red += tl.load(at, real, other=0.0) - 0.5
             green += tl.load(at + plane, real, other=0.0) - 0.5
@@ -309,10 +308,7 @@ def forward(
     )  # fmt: skip
     config = decode_config(dtype, device, half=half, channels=padded)
     lines = b * (stop - start)
-    programs = min(
-        config.pop("PROGRAMS") * multiprocessors(device),
-        triton.cdiv(lines * big_w, config["PIXELS"]),
-    )
+    programs = min(decode_programs(device), triton.cdiv(lines * big_w, config["PIXELS"]))
     scratch = torch.empty(programs, 2, config["PIXELS"], 2 * half, device=device, dtype=dtype)
     launch(
         decode_colours, (programs,),

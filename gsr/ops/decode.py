@@ -5,10 +5,14 @@ elsewhere. It is not differentiable: training decodes sampled pixels and leaves 
 compiler. On the CPU the heads have loops of their own, and do not call it.
 """
 
+# PyTorch knows neither the types of its sizes nor of its decorators, see operators.py:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +86,7 @@ def decode(
     Source: GaussianSR (AAAI 2025), section 3.4.
     """
     size, rows, band = strip
-    arguments = features, splatted, lr, *weights, size, rows, band
+    arguments: tuple[Any, ...] = (features, splatted, lr, *weights, size, rows, band)
     if torch.compiler.is_compiling() or type(features) is not Tensor:
         return _decode(*arguments)
     # Without PyTorch's registry, which imports torch._dynamo: see `gsr.ops.operators`.
@@ -136,6 +140,6 @@ _decode = torch.library.custom_op("gsr::decode", _run, mutates_args=())
 
 
 @_decode.register_fake
-def _(features: Tensor, splatted: Tensor, *others: Tensor | Sequence[int]) -> Tensor:
+def _(features: Tensor, *others: Any) -> Tensor:
     size, rows = others[-3:-1]
     return features.new_empty(len(features), 3, rows[1] - rows[0], size[1])

@@ -1,6 +1,7 @@
 """Cases of the decoder's kernel, against `gsr.ops.decode.reference`; JSON of errors on stdout.
 
     TRITON_INTERPRET=1 python tests/kernels/decode_cases.py
+    python tests/kernels/decode_cases.py --cuda
 
 Where there is no GPU, blocks are smaller than shipped, so that a small image takes several of them.
 """
@@ -162,10 +163,10 @@ def failures(errors: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    select = sys.argv[1:]
-    chosen = {n: c for n, c in CASES.items() if not select or n in select}
-    found = {name: run_case(case) for name, case in chosen.items()}
-    if not select:
+    on = "cuda" if "--cuda" in sys.argv else "cpu"
+    chosen = CASES | LARGE if on == "cuda" else CASES
+    found = {name: run_case(case, on) for name, case in chosen.items()}
+    if on == "cpu":
         found |= {f"head {mode}": run_head(mode) for mode in ("field", "official", "bicubic")}
     wrong = {name: failures(errors) for name, errors in found.items() if failures(errors)}
     print(json.dumps({"errors": found, "failures": wrong}, indent=1))

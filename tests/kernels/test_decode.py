@@ -142,7 +142,8 @@ def test_heads_on_cuda_take_the_kernel(mode, bf16, monkeypatch):
     with FakeTensorMode(), torch.device("cuda"):
         model = build(mode)
         lr = torch.rand(1, 3, 60, 50)
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16), Names() as names:
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=bf16)
+        with torch.no_grad(), autocast, Names() as names:
             out = model(lr, scale=4)
     assert out.shape == (1, 3, 240, 200) and out.device.type == "cuda"
     assert names.found.count("gsr::decode") == 3  # strips
