@@ -448,6 +448,7 @@ PARTS: dict[str, tuple[Callable[[Job], Iterator[dict]], int]] = {
     "cases": (cases, 150),
     "rates": (rates, 60),
     "kernels": (kernels, 90),
+    "decoder": (decoder, 60),
     "models": (models, 90),
     "pipeline": (pipeline, 90),
     "commands": (commands, 90),

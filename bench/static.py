@@ -101,9 +101,9 @@ def decoders(arch: str) -> list[tuple[str, dict, int]]:
         warps = config.pop("num_warps")
         more = {"PIXELS": decode.FEATURES // DECODER["CP"], "CP": DECODER["CP"]}
         for skip in (False, True):
-            shared = {"TYPE": kind, "SKIP": skip}
-            found.append(("decode_features", {**shared, **more}, 4))
-            found.append(("decode_colours", {**shared, **DECODER, **config, "WIDEN": False}, warps))
+            found.append(("decode_features", {"TYPE": kind, "SKIP": skip, **more}, 4))
+        constants = {"TYPE": kind, **DECODER, **config, "WIDEN": False}
+        found.append(("decode_colours", constants, warps))
     return found
 
 
@@ -585,7 +585,7 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     if family == "windows":
         return f"official {kind}", {"WINDOW": constants["WINDOW"]}
     if family == "decode":
-        kind = f"decoder {kind} {constants['TYPE']}" + " skip" * constants["SKIP"]
+        kind = f"decoder {kind} {constants['TYPE']}" + " skip" * constants.get("SKIP", False)
         return kind, {n: constants[n] for n in DECODER if n in constants}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
     points = "points " if family == "points" else ""

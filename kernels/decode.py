@@ -70,7 +70,7 @@ def decode_features(
     features, splatted, lr, q, out, h, w, top, held, big_h, big_w, q_start, q_rows, start, rows,
     channels, narrow, CP: tl.constexpr, PIXELS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Features at HR, channels last, and with SKIP the LR image at HR.
+    """Features at HR, channels last, and the LR image at HR, with SKIP, or 1/2.
 
     Program (block of columns, row of q, image).
 
@@ -93,9 +93,8 @@ def decode_features(
     mine = real & (c < channels)[None, :]
     wide = mine & (c >= narrow)[None, :]
     value = tl.zeros([PIXELS, CP], tl.float32)
-    red = tl.zeros([PIXELS], tl.float32)
-    green = tl.zeros([PIXELS], tl.float32)
-    blue = tl.zeros([PIXELS], tl.float32)
+    red = tl.full([PIXELS], 0.0 if SKIP else 0.5, tl.float32)
+    green, blue = red, red
     size = held.to(tl.int64) * w
     for across in tl.static_range(4):
         column = tl.minimum(tl.maximum(j + (across - 1), 0), w - 1)
@@ -117,14 +116,13 @@ def decode_features(
     value += tl.load(splatted + at[None, :] + x[:, None], taken, other=0.0).to(tl.float32)
     at = (line * big_w + x) * CP
     tl.store(q + at[:, None] + c[None, :], value.to(q.dtype.element_ty), real)
-    if SKIP:
-        size = rows.to(tl.int64) * big_w
-        y = tl.full([PIXELS], 0, tl.int32) + (row + q_start - start)
-        at = out + b * 3 * size + y.to(tl.int64) * big_w + x
-        taken = (x < big_w) & (y >= 0) & (y < rows)
-        tl.store(at, red, taken)
-        tl.store(at + size, green, taken)
-        tl.store(at + 2 * size, blue, taken)
+    size = rows.to(tl.int64) * big_w
+    y = tl.full([PIXELS], 0, tl.int32) + (row + q_start - start)
+    at = out + b * 3 * size + y.to(tl.int64) * big_w + x
+    taken = (x < big_w) & (y >= 0) & (y < rows)
+    tl.store(at, red, taken)
+    tl.store(at + size, green, taken)
+    tl.store(at + 2 * size, blue, taken)
 
 
 # ---- colours ------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def _gelu(x, EXACT: tl.constexpr):
 def decode_colours(
     q, conv, conv_bias, phase, weights, biases, last, last_bias, ry, rx, scratch, out,
     big_h, big_w, q_start, q_rows, start, rows, lines, layers,
-    CP: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr, PIXELS: tl.constexpr,
+    CP: tl.constexpr, HALF: tl.constexpr, PIXELS: tl.constexpr,
     WAVES: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +187,7 @@ def decode_colours(
         last: [3, 2 HALF]; last_bias [3].
         ry, rx: [H] and [W], positions relative to the nearest LR pixel.
         scratch: [programs, 2, PIXELS, 2 HALF].
-        out: with SKIP it holds the upsampled LR image.
+        out: what `decode_features` has left there, to which the colours less 1/2 are added.
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     WIDTH: tl.constexpr = 2 * HALF
@@ -274,10 +272,9 @@ def decode_colours(
         blue = 0.5 * (blue + tl.load(last_bias + 2)) + 0.5
         plane = rows.to(tl.int64) * big_w
         at = out + b.to(tl.int64) * 3 * plane + row.to(tl.int64) * big_w + x
-        if SKIP:
-            red += tl.load(at, real, other=0.0) - 0.5
-            green += tl.load(at + plane, real, other=0.0) - 0.5
-            blue += tl.load(at + 2 * plane, real, other=0.0) - 0.5
+        red += tl.load(at, real, other=0.0) - 0.5
+        green += tl.load(at + plane, real, other=0.0) - 0.5
+        blue += tl.load(at + 2 * plane, real, other=0.0) - 0.5
         tl.store(at, red, real)
         tl.store(at + plane, green, real)
         tl.store(at + 2 * plane, blue, real)
@@ -299,12 +296,12 @@ def forward(
         return out
     _, _, half, padded = weights.conv.shape
     q = torch.empty(b, last - first, big_w, padded, device=device, dtype=dtype)
-    pixels, skip = max(1, FEATURES // padded), lr.shape[1] > 0
+    pixels = max(1, FEATURES // padded)
     launch(
         decode_features, (triton.cdiv(big_w, pixels) * (last - first) * b,),
         features.permute(0, 2, 3, 1).contiguous(), splatted.contiguous(), lr.contiguous(), q, out,
         h, w, top, held, big_h, big_w, first, last - first, start, stop - start,
-        channels, splatted.shape[1], CP=padded, PIXELS=pixels, SKIP=skip,
+        channels, splatted.shape[1], CP=padded, PIXELS=pixels, SKIP=lr.shape[1] > 0,
     )  # fmt: skip
     config = decode_config(dtype, device, half=half, channels=padded)
     lines = b * (stop - start)
@@ -314,6 +311,6 @@ def forward(
         decode_colours, (programs,),
         q, *(t.contiguous() for t in weights), scratch, out,
         big_h, big_w, first, last - first, start, stop - start, lines, len(weights.weights),
-        CP=padded, HALF=half, SKIP=skip, WIDEN=device.type == "cpu", **config,
+        CP=padded, HALF=half, WIDEN=device.type == "cpu", **config,
     )  # fmt: skip
     return out

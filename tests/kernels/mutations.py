@@ -37,7 +37,7 @@ QUICK = {
                  "at R2, no offset", FAR],
     "windows.py": ["odd and unequal", "more columns than a block", "bfloat16",
                    "more blocks than parts", FAR],
-    "decode.py": ["skip", "band", "rows", "odd, more blocks than programs"],
+    "decode.py": ["one pixel", "skip", "band", "rows", "odd, more blocks than programs"],
 }  # fmt: skip
 
 
