@@ -905,6 +905,10 @@ def main(argv=None) -> None:
     rows = [r for arch in args.arch for r in compiled_rows(arch)]
     rows += [] if args.no_model else model_rows()
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
+    for r in rows:
+        if pixel := r.get("loop", {}).get("pixel"):
+            count = ", ".join(f"{n:.0f} {name}" for name, n in pixel.items())
+            print(f"{r['case']}, {r['provider']}: {count} of warps a pixel")
     if not args.no_model:
         print("", *model_table([r for r in rows if "model" in r]), sep="\n")
     if args.output:
