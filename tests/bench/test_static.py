@@ -132,15 +132,27 @@ def test_products_of_official_are_float32():
         assert len(count) == 2 and one > 0 and all_ == 3 * one
 
 
-def test_products_of_the_decoder():
-    """float32 ones are three of tf32; a pixel takes no more instructions than stated."""
-    most = {"sm_80 bf16": 1700, "sm_80 fp32": 18_000, "sm_90 bf16": 1400, "sm_90 fp32": 9_500}
+def test_instructions_of_the_decoder():
+    """Of warps, for a pixel; of matrices as many as 557,056 multiply-adds take."""
+    most = {"sm_80 bf16": 2200, "sm_80 fp32": 18_000, "sm_90 bf16": 1400, "sm_90 fp32": 9_500}
+    mma = {"sm_80 bf16": 272, "sm_80 fp32": 1632}  # those of sm_90 depend on the blocks
     for target in ("sm_80", "sm_90"):
         for name, constants, warps in static.decoders(target):
             if name == "decode_colours":
                 compiled = static.compile_kernel(name, constants, target, warps)
                 found = static.decoder_counts(constants, warps, static.disassemble(compiled))
-                assert found["instructions"] < most[f"{target} {constants['TYPE']}"], constants
+                use = f"{target} {constants['TYPE']}"
+                assert found["instructions"] < most[use], use
+                assert round(found["MMA"]) == mma.get(use, round(found["MMA"])), use
+
+
+def test_products_of_the_decoder_are_float32():
+    """As three of tf32, as those of `official`: four for the waves, and one for the layers."""
+    for target in ("sm_80", "sm_90"):
+        for name, constants, warps in static.decoders(target):
+            if name == "decode_colours" and constants["TYPE"] == "fp32":
+                text = static.compile_kernel(name, constants, target, warps).asm["ttgir"]
+                assert len(re.findall(r"= (?:tt|ttng)\.(?:dot|warp_group_dot) ", text)) == 3 * 5
 
 
 def test_the_decoder_waits_for_its_threads():

@@ -47,7 +47,7 @@ class Case:
 CASES = {
     "one pixel": Case((1, 1), (1, 1)),
     "odd, more blocks than programs": Case((5, 7), (11, 17), b=2, layers=3),
-    "channels not padded, none splatted": Case((3, 4), (7, 9), channels=13, narrow=0),
+    "13 channels, none splatted": Case((3, 4), (7, 9), channels=13, narrow=0),
     "blocks of phases, units, channels": Case((3, 5), (5, 11), channels=20, half=32),
     "skip": Case((4, 5), (9, 13), b=2, skip=True, narrow=3),
     "rows": Case((5, 6), (14, 9), rows=(4, 9), skip=True, b=2),
