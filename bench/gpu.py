@@ -12,6 +12,7 @@ the block sizes that were fastest (GSR_TUNED=out/gpu/tuned.json uses them).
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import math
@@ -157,10 +158,12 @@ def environment(job: Job) -> Iterator[dict]:
 
 
 def cases(job: Job) -> Iterator[dict]:
-    """The cases of the kernels, in tests/kernels/kernel_cases.py and window_cases.py."""
+    """The cases of the kernels, in tests/kernels."""
     _needs_cuda(job)
     out = _run([sys.executable, "tests/kernels/kernel_cases.py", "--device", "cuda", "--large"])
     failed = {n: c["failures"] for n, c in json.loads(out)["cases"].items() if c["failures"]}
+    out = _run([sys.executable, "tests/kernels/decode_cases.py", "--cuda"])
+    failed |= json.loads(out)["failures"]
     if failed:
         raise InputError(f"{len(failed)} cases of the kernels fail: {failed}")
     yield from ()
@@ -338,6 +341,29 @@ def kernels(job: Job) -> Iterator[dict]:
         yield from _splat_rows(case, job, {"splat": splat._operator(case)})
 
 
+def decoder(job: Job) -> Iterator[dict]:
+    """The decoder of `official` and `field` as published, on a strip of 720p by 4."""
+    from gsr.config import DecoderConfig
+    from gsr.models.heads import decode_gpu
+    from gsr.models.heads.decoder import FourierDecoder
+    from gsr.ops.decode import Strip, decode
+
+    h, w, rows = (18, 32, 8) if job.quick else (720, 1280, 400)
+    size, d = (4 * h, 4 * w), job.device
+    fourier = FourierDecoder(64, DecoderConfig()).to(d)
+    strip = Strip(size, (0, rows), (0, h))
+    features = torch.rand(1, 64, h, w, device=d).contiguous(memory_format=torch.channels_last)
+    splatted, lr = torch.rand(1, 8, rows + 1, size[1], device=d), torch.rand(1, 3, h, w, device=d)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with torch.inference_mode():
+            weights = decode_gpu.lay_out(fourier, lr_size=(h, w), size=size, dtype=dtype)
+            run = functools.partial(decode, features, splatted, lr, weights, strip)
+            yield schema.row(
+                f"decoder {name}", "decode", {"LR": [h, w], "HR": list(size), "rows": rows},
+                seconds=times(run, job), operations=2 * 557_824 * rows * size[1],
+            )  # fmt: skip
+
+
 def baselines(job: Job) -> Iterator[dict]:
     """A kernel by tiles, and the reference, as it is and compiled, where it fits."""
     for case in kernel_cases(job.quick):
@@ -476,6 +502,7 @@ PARTS: dict[str, tuple[Callable[[Job], Iterator[dict]], int]] = {
     "cases": (cases, 150),
     "rates": (rates, 60),
     "kernels": (kernels, 90),
+    "decoder": (decoder, 60),
     "models": (models, 90),
     "pipeline": (pipeline, 90),
     "commands": (commands, 90),

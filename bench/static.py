@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,7 +30,7 @@ from triton.compiler import ASTSource
 from bench import cost, document, schema
 from bench.cost import Shape
 from gsr.errors import InputError
-from gsr.kernels import configs, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
+from gsr.kernels import configs, decode, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITONS = ROOT / "build" / "triton"  # a folder a version
@@ -68,6 +69,8 @@ USES = [
 ]
 WINDOWS = {"WINDOW": 7, "NP": 64}  # of `official`: 49 Gaussians, and the power of 2 that holds them
 TAPS = 5
+DECODER = {"CP": 64, "HALF": 128}  # channels, and half the width of the MLP, as published
+LAYERS = 4
 # HR pixels per LR pixel along an axis: whole numbers, a little more, and halves.
 SCALES = [n + part for n in range(1, 10) for part in (0, 0.1, 0.5)]
 
@@ -86,7 +89,22 @@ def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
             config = configs.choose_windows(name.split("_")[1], a)
             warps = config.pop("num_warps")
             found.append((name, {**WINDOWS, **config}, warps))
+        found += decoders(a)
     return _distinct(found)
+
+
+def decoders(arch: str) -> list[tuple[str, dict, int]]:
+    """(kernel, constants, num_warps) of the decoder; "TYPE" is that of its matrices."""
+    found = []
+    for kind in ("fp32", "bf16"):
+        config = configs.choose_decode(kind, arch)
+        warps = config.pop("num_warps")
+        more = {"PIXELS": decode.FEATURES // DECODER["CP"], "CP": DECODER["CP"]}
+        for skip in (False, True):
+            found.append(("decode_features", {"TYPE": kind, "SKIP": skip, **more}, 4))
+        constants = {"TYPE": kind, **DECODER, **config, "WIDEN": False}
+        found.append(("decode_colours", constants, warps))
+    return found
 
 
 def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
@@ -125,25 +143,36 @@ FLOAT = "d_values d_sigma d_rho d_opacity d_offset d_features kernels weights d_
 POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "starts": "*i64"}
 
 
+# Of the decoder, whose matrices alone may be of 16 bits.
+MATRICES = ("q", "conv", "weights", "scratch")
+DECODED = "features splatted lr out conv_bias phase biases last last_bias ry rx".split()
+PSEUDO = ("maxnreg", "TYPE")  # among the constants, and no arguments of the kernel
+
+
 def kernel_of(name: str):
-    return getattr(windows if name.startswith("windows") else splat, name)
+    module = {"windows": windows, "decode": decode}.get(name.split("_")[0], splat)
+    return getattr(module, name)
 
 
 def compile_kernel(name: str, constants: dict, target, num_warps: int, values: str = "fp32"):
-    """Triton's compiled kernel `name` of kernels/splat.py or kernels/windows.py.
+    """Triton's compiled kernel `name` of kernels/splat.py, windows.py or decode.py.
 
     Args:
         constants: its constexpr arguments, and "maxnreg" where it has a limit of registers.
         target: a GPUTarget or a name from `TARGETS`.
-        values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16".
+        values: storage type of the Gaussians and the result, "fp32", "bf16" or "fp16"; the
+            decoder's is among the constants, as "TYPE".
     """
     kernel = kernel_of(name)
     options = {"num_warps": num_warps}
     options |= {n: constants[n] for n in ("maxnreg",) if n in constants}
-    constants = {n: value for n, value in constants.items() if n != "maxnreg"}
+    pointers = POINTERS | dict.fromkeys(STORED, f"*{values}")
+    if "TYPE" in constants:
+        pointers = dict.fromkeys(DECODED, "*fp32")
+        pointers |= dict.fromkeys(MATRICES, f"*{constants['TYPE']}")
+    constants = {n: value for n, value in constants.items() if n not in PSEUDO}
     if "WIDE" in kernel.arg_names:
         constants = {"WIDE": False, **constants}
-    pointers = POINTERS | dict.fromkeys(STORED, f"*{values}")
     if constants.get("PREPARE") or name == "windows_weights":
         pointers["out"] = "*fp32"
     if name in ("splat_backward", "points_backward"):  # of NORMALIZE: the first pass wrote it
@@ -462,6 +491,50 @@ def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: 
     }
 
 
+def decoder_counts(constants: dict, num_warps: int, code: Loop) -> dict[str, float]:
+    """Instructions of warps that a pixel of `decode_colours` takes, and MMA, those of matrices.
+
+    For sm_80 and sm_90. Both sides of a branch are counted.
+    """
+    c, total = constants, Counter()
+    width, deep, products = 2 * c["HALF"], *{"bf16": (16, 1), "fp32": (8, 3)}[c["TYPE"]]
+
+    def needed(columns: int, blocks: int) -> float:
+        """MMA of a warp: of 16 pixels, 8 columns (sm_80) or all (sm_90), and `deep` numbers."""
+        across = 8 if matrices(tile)["HMMA"] else columns
+        block = c["PIXELS"] * columns * c["DEPTH"] / (16 * across * deep)
+        return products * blocks * block / num_warps
+
+    def matrices(loop: Loop) -> Counter:
+        own = Counter({op: n for op, n in loop.mix.items() if "MMA" in op})
+        return sum((matrices(one) for one in loop.inner), own)
+
+    def add(loop: Loop, trips: list[int], times: float, mma: float) -> None:
+        # How far the innermost loop is unrolled, its matrix instructions tell.
+        own = sum(n for op, n in loop.mix.items() if "MMA" in op)
+        times = mma / own if own else times * trips[0]
+        total.update({op: n * times for op, n in loop.mix.items()})
+        for one in loop.inner:
+            if matrices(one):
+                add(one, trips[1:], times, mma)
+
+    (tile,) = (loop for loop in code.inner if matrices(loop))
+    total.update(tile.mix)
+    waves, units = c["HALF"] // c["WAVES"], width // c["UNITS"]
+    of_waves = needed(c["WAVES"], 4 * waves * 9 * c["CP"] // c["DEPTH"])
+    of_layers = needed(c["UNITS"], LAYERS * units * width // c["DEPTH"])
+    convolution, layers = sorted(
+        (loop for loop in tile.inner if matrices(loop)),
+        # Only a layer has a loop within a loop, or the sums of the colours.
+        key=lambda loop: any("SHFL" in one.mix for one in (loop, *loop.inner)),
+    )
+    add(convolution, [waves], 1, of_waves)
+    add(layers, [LAYERS, units], 1, of_layers)
+    mma = sum(n for op, n in total.items() if "MMA" in op)
+    per_pixel = num_warps / c["PIXELS"]
+    return {"instructions": total.total() * per_pixel, "MMA": mma * per_pixel}
+
+
 def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, float]:
     """Seconds that each limit of `chip` asks for; the kernel takes the longest of them, or more.
 
@@ -511,12 +584,18 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     kind += " wide" if constants.get("WIDE") else ""
     if family == "windows":
         return f"official {kind}", {"WINDOW": constants["WINDOW"]}
+    if family == "decode":
+        kind = f"decoder {kind} {constants['TYPE']}" + " skip" * constants.get("SKIP", False)
+        return kind, {n: constants[n] for n in DECODER if n in constants}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
     points = "points " if family == "points" else ""
     return f"{use.name} {points}{kind}", {"K": use.K, "C": use.C, "R": use.R}
 
 
-BLOCKS = ("PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "maxnreg")
+BLOCKS = (
+    "PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "UNITS", "WAVES", "DEPTH", "STAGES",
+    "maxnreg",
+)  # fmt: skip
 
 
 def compiled_rows(arch: str) -> list[dict]:
@@ -526,8 +605,11 @@ def compiled_rows(arch: str) -> list[dict]:
         case, sizes = _names(kernel, constants)
         compiled = compile_kernel(kernel, constants, arch, warps)
         usage = resources(compiled)
-        loop = _summary(_hot(disassemble(compiled))) if "cubin" in compiled.asm else {}
+        cuda = "cubin" in compiled.asm
+        loop: dict[str, Any] = _summary(_hot(disassemble(compiled))) if cuda else {}
         config = {n: constants[n] for n in BLOCKS if n in constants}
+        if kernel == "decode_colours" and arch in ("sm_80", "sm_90"):
+            loop["pixel"] = decoder_counts(constants, warps, disassemble(compiled))
         rows.append(
             schema.row(
                 case,
@@ -647,7 +729,7 @@ def model_table(rows: list[dict]) -> list[str]:
 def block_text(config: dict) -> str:
     """4x2 pixels of 32 cells, 1 warp: "4x2 / 32 / 1"."""
     pixels = f"{config.get('PY', 1)}x{config['PX']}" if "PX" in config else config.get("PIXELS")
-    lanes = next((config[n] for n in ("CELLS", "BLOCK", "COLUMNS") if n in config), None)
+    lanes = next((config[n] for n in ("CELLS", "BLOCK", "COLUMNS", "UNITS") if n in config), None)
     return " / ".join(str(n) for n in (pixels, lanes, config["num_warps"]) if n is not None)
 
 
@@ -659,6 +741,7 @@ def summary(rows: list[dict]) -> str:
     ]
     products = ("forward", "backward features", "backward weights")
     order += [f"official {kind}" for kind in ("weights", *products)]
+    order += [f"decoder {k} {t}" for k in ("features", "colours") for t in ("fp32", "bf16")]
     chosen = [
         r
         for case in order
@@ -666,10 +749,10 @@ def summary(rows: list[dict]) -> str:
         if r["case"] == case and r["config"] == _at_scale(case.split(" ", 1)[1], r)
     ]
     compiled = [r for r in chosen if "model" not in r]
-    spills = sum(r["resources"]["spills"] > 0 for r in rows)
+    spilled = len(spilling(rows))
     parts = ("all", "FP32", "MUFU", "LDG", "MMA", "SHFL")
     lines = [
-        f"{len([r for r in rows if 'model' not in r])} configurations compiled, {spills} spill.",
+        f"{len([r for r in rows if 'model' not in r])} configurations compiled, {spilled} spill.",
         "",
         "| kernel | " + " | ".join(TARGETS) + " | loop: " + " | ".join(parts) + " |",
         "|---" * (1 + len(TARGETS) + len(parts)) + "|",
@@ -689,7 +772,7 @@ def summary(rows: list[dict]) -> str:
 def _at_scale(kind: str, r: dict) -> dict:
     """The shipped configuration of a row's kernel at x4."""
     arch = next((c.arch for c in CHIPS if r["provider"] == f"model {c.name}"), r["provider"])
-    if "WINDOW" in r["sizes"]:
+    if "K" not in r["sizes"]:
         return r["config"]  # the same at any scale
     if kind.startswith("points"):
         kind = "backward" if kind.endswith("backward") else "forward"
@@ -739,8 +822,19 @@ def triton_rows(version: str, arches: list[str]) -> list[dict]:
 
 
 def spilling(rows: list[dict]) -> list[dict]:
-    """Those of `compiled_rows` that keep anything on the stack."""
-    return [r for r in rows if r["resources"]["spills"] or r["resources"]["stack"]]
+    """Those of `compiled_rows` that keep anything on the stack, or more than `LANES` elsewhere."""
+    return [r for r in rows if spills(r["case"], r["resources"])]
+
+
+# Scalar registers of the decoder that AMD's compiler may keep in lanes of vector registers: the
+# addresses of its tensors, read once a block of pixels. No memory is touched.
+LANES = 20
+
+
+def spills(case: str, usage: dict) -> bool:
+    """Whether a kernel spills, from its name or case and `resources`."""
+    lanes = LANES if case.startswith("decode") and "scalar_registers" in usage else 0
+    return usage["stack"] > 0 or usage["spills"] > lanes
 
 
 def version_table(rows: dict[str, list[dict]]) -> list[str]:
@@ -811,6 +905,10 @@ def main(argv=None) -> None:
     rows = [r for arch in args.arch for r in compiled_rows(arch)]
     rows += [] if args.no_model else model_rows()
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
+    for r in rows:
+        if pixel := r.get("loop", {}).get("pixel"):
+            count = ", ".join(f"{n:.0f} {name}" for name, n in pixel.items())
+            print(f"{r['case']}, {r['provider']}: {count} of warps a pixel")
     if not args.no_model:
         print("", *model_table([r for r in rows if "model" in r]), sep="\n")
     if args.output:

@@ -197,3 +197,56 @@ def _read(path: Path) -> dict[str, Config]:
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise InputError(f"{path} is no file of tuned configurations: {error}") from None
+
+
+# ---- the Fourier decoder ------------------------------------------------------------------------
+
+# Pixels of a program, and phases and units of the MLP that it makes at a time, from blocks of DEPTH
+# numbers of which STAGES are on their way. The more pixels, the fewer times weights are read from
+# L2: at 128 of them a pixel takes 9 KB. What is larger spills with some Triton from 3.3 on.
+DECODE = {
+    "bf16": {"PIXELS": 128, "WAVES": 64, "UNITS": 128, "DEPTH": 32, "STAGES": 4, "num_warps": 8},
+    "fp32": {"PIXELS": 64, "WAVES": 16, "UNITS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 4},
+}
+DECODE_ARCH = {
+    ("bf16", "sm_8"): {"WAVES": 32, "UNITS": 64, "STAGES": 3},
+    ("fp32", "sm_8"): {"DEPTH": 16, "num_warps": 8},
+    ("bf16", "sm_1"): {"WAVES": 32, "STAGES": 3},
+    # Left alone, the compiler aims at 80 registers of a thread there, and spills.
+    ("fp32", "sm_1"): {"UNITS": 32, "DEPTH": 16, "num_warps": 8, "maxnreg": 168},
+    ("bf16", "gfx9"): {"WAVES": 32, "STAGES": 2, "num_warps": 4},
+    ("fp32", "gfx9"): {"UNITS": 32, "STAGES": 1},
+}
+
+
+def choose_decode(kind: str, arch: str, *, half: int = 128, channels: int = 64) -> Config:
+    """The shipped configuration of `decode_colours`.
+
+    Args:
+        kind: "bf16" or "fp32", the type that matrices are multiplied in.
+        half: phases, half the width of the MLP.
+        channels: of the features.
+    """
+    config = {**DECODE[kind], **DECODE_ARCH.get((kind, arch[:4]), {})}
+    blocks = {"WAVES": half, "UNITS": 2 * half, "DEPTH": math.gcd(channels, 2 * half)}
+    config |= {name: math.gcd(config[name], n) for name, n in blocks.items()}
+    exact = "ieee" if arch.startswith("gfx") else "tf32x3"
+    return {**config, "PRECISION": exact if kind == "fp32" else "tf32"}
+
+
+def decode_config(dtype: torch.dtype, device: torch.device, *, half: int, channels: int) -> Config:
+    """Keyword arguments of the launch of `decode_colours`."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return choose_decode(kind, architecture(device), half=half, channels=channels)
+
+
+@lru_cache
+def decode_programs(device: torch.device) -> int:
+    """Programs of `decode_colours`: two a multiprocessor of a GPU, of which one may wait.
+
+    On Triton's interpreter 2.
+    """
+    if device.type != "cuda":
+        return 2
+    properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore
+    return 2 * properties.multi_processor_count  # pyright: ignore

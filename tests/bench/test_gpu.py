@@ -207,8 +207,9 @@ def test_a_process_that_hangs_or_dies(code, note, tmp_path, args, monkeypatch):
 def test_launches(monkeypatch):
     """Every launch gives the kernel all its arguments, on the device of the first."""
     pytest.importorskip("triton", reason="triton is not installed: nothing is launched")
-    from gsr.kernels import configs, splat, windows
+    from gsr.kernels import configs, decode, splat, windows
     from gsr.ops.arguments import Gaussians, Grid, Weighting
+    from gsr.ops.decode import DecoderWeights, Strip
 
     seen = []
 
@@ -222,7 +223,7 @@ def test_launches(monkeypatch):
             assert not isinstance(value, torch.Tensor) or (value.is_meta and not p.is_constexpr)
         seen.append(kernel.__name__)
 
-    for module in (splat, windows):
+    for module in (decode, splat, windows):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
 
@@ -241,9 +242,20 @@ def test_launches(monkeypatch):
     features, kernels = (torch.empty(s, device="meta") for s in ((1, 8, 14, 21), (49, 5, 5)))
     out = windows.forward(features, kernels, (28, 28))
     windows.backward(out, features, kernels, (28, 28))
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = (9, 4, 128, 16), (4, 256, 256)
+        conv, layers = (torch.empty(s, device="meta", dtype=dtype) for s in shapes)
+        shapes = (4, 128), 128, (4, 256), (3, 256), 3, 28, 42
+        others = (torch.empty(s, device="meta") for s in shapes)
+        bias, phase, biases, last, last_bias, ry, rx = others
+        weights = DecoderWeights(conv, bias, phase, layers, biases, last, last_bias, ry, rx)
+        strip = Strip((28, 42), (3, 9), (0, 14))
+        splatted, lr = (torch.empty(s, device="meta") for s in ((1, 3, 8, 42), (1, 0, 14, 21)))
+        assert decode.forward(features, splatted, lr, weights, strip).shape == (1, 3, 6, 42)
     assert set(seen) == {
         "splat_forward", "splat_backward", "points_forward", "points_backward", "windows_weights",
         "windows_forward", "windows_backward_features", "windows_backward_weights",
+        "decode_features", "decode_colours",
     }  # fmt: skip
 
 

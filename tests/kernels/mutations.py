@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 KERNELS = ROOT / "kernels"
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+import decode_cases  # noqa: E402
 import far_addresses  # noqa: E402
 import kernel_cases  # noqa: E402
 import torch  # noqa: E402
@@ -36,6 +37,7 @@ QUICK = {
                  "at R2, no offset", FAR],
     "windows.py": ["odd and unequal", "more columns than a block", "bfloat16",
                    "more blocks than parts", FAR],
+    "decode.py": ["one pixel", "skip", "band", "rows", "odd, more blocks than programs"],
 }  # fmt: skip
 
 
@@ -173,6 +175,56 @@ FAULTS = [
             ("windows of the next row", "wide // columns % rows", "wide // rows % columns", 1),
         ]
     ),
+    # ---- the decoder
+    *(
+        Fault(f"decode: {name}", old, new, file="decode.py", cases=cases)
+        for name, old, new, *cases in [
+            ("cosine for sine", "(a_sin * sin)", "(a_sin * cos)"),
+            ("phase of the cell dropped", " + tl.load(phase + low + n)[None, :]", ""),
+            ("y and x swapped", "f_y * py + f_x * px", "f_y * px + f_x * py"),
+            ("odd half turns", "sign = 1.0 - 2.0 * odd", "sign = 1.0"),
+            ("kernel transposed", "dy, dx = tap // 3 - 1, tap % 3 - 1",
+             "dy, dx = tap % 3 - 1, tap // 3 - 1"),
+            ("rows above the image", "inside = (y + dy >= 0) & ", "inside = "),
+            ("rows below the image", " & (y + dy < big_h)", ""),
+            ("columns left of the image", " & (x + dx >= 0)", ""),
+            ("columns right of the image", " & (x + dx < big_w)", ""),
+            ("first block of a program only", "blocks, tl.num_programs(0)", "blocks, blocks"),
+            ("rows around those of an image before", " + (b - b0) * (q_rows - rows)", "",
+             "narrow rows"),
+            ("rows of q from the image's top", " + start - q_start) * big_w", ") * big_w"),
+            ("pixels behind the last", "line % rows, line < lines", "line % rows, line >= 0",
+             "one pixel"),
+            ("halves of the scratch not in turn", "(1 - layer % 2)", "(layer % 2)"),
+            ("parts of the scratch too large", "tl.program_id(0).to(tl.int64) * (2 * ",
+             "tl.program_id(0).to(tl.int64) * (4 * "),
+            ("bias of another layer", "biases + layer * WIDTH", "biases"),
+            ("matrix of another layer", "(layer * WIDTH + low) * WIDTH", "low * WIDTH"),
+            ("last block of units lost", "range(0, WIDTH, UNITS)",
+             "range(0, WIDTH - UNITS, UNITS)"),
+            ("last block of k lost", "tl.range(0, WIDTH, DEPTH,",
+             "tl.range(0, WIDTH - DEPTH, DEPTH,"),
+            ("last block of phases lost", "range(0, HALF, WAVES)", "range(WAVES, HALF, WAVES)",
+             "blocks of phases, units, channels"),
+            ("channels of a block", "k % (CP // DEPTH) * DEPTH + depth", "depth",
+             "blocks of phases, units, channels"),
+            ("green for blue", "colour + 2 * WIDTH", "colour + WIDTH"),
+            ("LR not centred", "red += tl.load(at, real, other=0.0) - 0.5",
+             "red += tl.load(at, real, other=0.0)"),
+            ("GELU cut off", "tl.minimum(tl.maximum(x, -3.95), 3.95)",
+             "tl.minimum(tl.maximum(x, -1.95), 1.95)", "bfloat16"),
+            ("rows of features from the image's top", "_position(row + q_start, h, big_h)",
+             "_position(row, h, big_h)"),
+            ("rows of a band from the image's top", "0), h - 1) - top", "0), h - 1)"),
+            ("first channels resized", "(c >= narrow)", "(c >= 0)"),
+            ("channels behind the last", "mine = real & (c < channels)", "mine = real & (c < CP)",
+             "13 channels, none splatted"),
+            ("LR at the rows around", "(row + q_start - start)", "row"),
+            ("weights of bicubic", "(1.25 * d - 2.25)", "(1.5 * d - 2.5)"),
+            ("far weights of bicubic", "d = t + 1.0 if TAP == 0 else 2.0 - t",
+             "d = 2.0 - t if TAP == 0 else t + 1.0"),
+        ]
+    ),
 ]  # fmt: skip
 
 
@@ -211,6 +263,9 @@ def hunt(path: Path, names: list[str], pipe) -> None:
                     wrong = [f"{k} {v:.2g}" for k, v in errors.items() if not v <= limit]
                 elif path.name == "windows.py":
                     wrong = window_cases.failures(window_cases.run_case(name, windows=kernels))
+                elif path.name == "decode.py":
+                    case = decode_cases.CASES[name]
+                    wrong = decode_cases.failures(decode_cases.run_case(case, kernels=kernels))
                 else:
                     case = by_name[name]
                     wrong = kernel_cases.failures(case, kernel_cases.run_case(case, "cpu", kernels))

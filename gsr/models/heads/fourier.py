@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.device import at_once, autocast_dtype, threaded_map
+from gsr.models.heads import decode_gpu
 from gsr.models.heads.decoder import (
     AT_ONCE,
     QUERIES,
@@ -30,6 +31,7 @@ from gsr.models.heads.decoder import (
     relative_cell,
 )
 from gsr.ops import rows_needed
+from gsr.ops.decode import Strip, decode
 from gsr.ops.resize import bicubic, bicubic_at, bicubic_rows
 
 
@@ -63,6 +65,8 @@ class FourierHead(nn.Module):
         dtype = autocast_dtype(device) or torch.float32
         with torch.autocast(device, enabled=False):
             splat = self.prepare(encoded, scale, band=band, shared=shared)
+            if decode_gpu.takes(self.decoder, encoded.features):
+                return self._render_fused(encoded, splat, dtype, size=size, rows=rows, band=band)
             decode = StripDecoder(
                 self.decoder, self.channels, lr_size=lr_size, size=size, dtype=dtype
             )
@@ -91,6 +95,23 @@ class FourierHead(nn.Module):
 
             threaded_map(render_block, split_rows(start, stop, blocks), threads)
             return out + bicubic(encoded.lr, size, rows, band) - 0.5 if self.decoder.skip else out
+
+    def _render_fused(self, encoded, splat: Any, dtype, *, size, rows, band) -> Tensor:
+        """`render` by one kernel from features to colours, some millions of pixels at a time."""
+        features = encoded.features.contiguous(memory_format=torch.channels_last)
+        b, _, h, w = features.shape
+        whole = Strip(size, rows or (0, size[0]), band or (0, h))
+        weights = decode_gpu.lay_out(
+            self.decoder, lr_size=(whole.band[1], w), size=size, dtype=dtype
+        )
+        start, stop = whole.rows
+        parts = math.ceil(b * size[1] * (stop - start) / decode_gpu.STRIP)
+        out = []
+        for part in split_rows(start, stop, parts):
+            strip = whole._replace(rows=part)
+            splatted = self.splat_rows(splat, strip.around, size=size, band=band)
+            out.append(decode(features, splatted, encoded.lr, weights, strip))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def strip_features(
         self, encoded, splat: Any, rows: tuple[int, int], *, size, band
