@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsr.config import BankConfig, DecoderConfig, EncoderConfig, ModelConfig
 from gsr.models import GaussianSR
-from gsr.models.heads import decode_gpu
+from gsr.models.heads import decode_gpu, fourier
 from gsr.ops import decode
 
 SCRIPT = Path(__file__).parent / "decode_cases.py"
@@ -111,6 +110,7 @@ def test_operator():
     decoder = build("field").head.decoder
     with torch.no_grad():
         weights = decode_gpu.lay_out(decoder, lr_size=(3, 4), size=(6, 9), dtype=torch.float32)
+    weights = decode.DecoderWeights(*(t.detach() for t in weights))  # some are parameters
     features, lr = torch.rand(2, 20, 3, 4), torch.rand(2, 3, 3, 4)
     splatted = torch.rand(2, 8, 4, 9)
     arguments = (features, splatted, lr, *weights, (6, 9), (1, 3), (0, 3))
@@ -121,45 +121,46 @@ def test_operator():
     assert torch.equal(found, decode.decode(features, splatted, lr, weights, strip))
 
 
-class Names(TorchDispatchMode):
-    """Collects the names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
 @MODES
 @pytest.mark.parametrize("bf16", [False, True])
-def test_heads_on_cuda_take_the_kernel(mode, bf16, monkeypatch):
-    """With tensors that only say that they are on CUDA; strips of some millions of pixels."""
-    pytest.importorskip("triton", reason="triton is not installed: there are no kernels")
+def test_heads_take_the_kernel(mode, bf16, monkeypatch):
+    """Where there is one: strip by strip, and nothing else is decoded."""
+    asked = []
+
+    def decode_strip(*arguments):
+        *_, weights, strip = arguments
+        asked.append((weights.conv.dtype, strip.rows))
+        return decode.decode(*arguments)
+
+    def refuse(*_, **__):
+        raise AssertionError("decoded by PyTorch")
+
+    model = build(mode)
+    monkeypatch.setattr(decode_gpu, "has_kernel", lambda _: True)
     monkeypatch.setattr(decode_gpu, "STRIP", 20_000)
-    with FakeTensorMode(), torch.device("cuda"):
-        model = build(mode)
-        lr = torch.rand(1, 3, 60, 50)
-        autocast = torch.autocast("cuda", torch.bfloat16, enabled=bf16)
-        with torch.no_grad(), autocast, Names() as names:
-            out = model(lr, scale=4)
-    assert out.shape == (1, 3, 240, 200) and out.device.type == "cuda"
-    assert names.found.count("gsr::decode") == 3  # strips
-    # Nothing is convolved or multiplied at HR but in the kernel.
-    assert not {"aten::gelu", "aten::gelu_", "aten::cos"} & set(names.found)
+    monkeypatch.setattr(fourier, "decode", decode_strip)
+    monkeypatch.setattr(fourier, "StripDecoder", refuse)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with torch.inference_mode(), autocast:
+        assert model(torch.rand(1, 3, 60, 50), scale=4).shape == (1, 3, 240, 200)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert asked == [(dtype, rows) for rows in ((0, 80), (80, 160), (160, 240))]
 
 
-def test_training_and_float64_keep_pytorch():
+def test_on_cuda_there_is_a_kernel():
     pytest.importorskip("triton", reason="triton is not installed: there are no kernels")
-    with FakeTensorMode(), torch.device("cuda"):
-        model = build("field")
-        features = torch.rand(1, 20, 6, 5)
-        assert not decode_gpu.takes(model.head.decoder, features)  # gradients are wanted
-        with torch.no_grad():
-            assert decode_gpu.takes(model.head.decoder, features)
-            assert not decode_gpu.takes(model.head.decoder, features.double())
-            assert not decode_gpu.takes(model.double().head.decoder, features)
+    with FakeTensorMode():
+        features = torch.empty(1, 20, 6, 5, device="cuda")  # says so, and holds nothing
+        assert decode.has_kernel(features)
+        assert not decode.has_kernel(torch.empty(1, 20, 6, 5, device="cuda", dtype=torch.float64))
+    assert not decode.has_kernel(torch.empty(1, 20, 6, 5))
+
+
+def test_training_and_float64_keep_pytorch(monkeypatch):
+    monkeypatch.setattr(decode_gpu, "has_kernel", lambda _: True)
+    decoder, features = build("field").head.decoder, torch.rand(1, 20, 6, 5)
+    assert not decode_gpu.takes(decoder, features)  # gradients are wanted
     with torch.no_grad():
-        assert not decode_gpu.takes(build("field").head.decoder, torch.rand(1, 20, 6, 5))
+        assert decode_gpu.takes(decoder, features)
+        assert not decode_gpu.takes(decoder, features.double())
+        assert not decode_gpu.takes(decoder.double(), features)
