@@ -2,7 +2,6 @@
 
 # pyright: reportArgumentType=false  # numbers for constexpr
 
-
 from __future__ import annotations
 
 from collections.abc import Callable

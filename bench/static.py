@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from bench import cost, document, schema
 from bench.cost import Shape
 from gsr.errors import InputError
-from gsr.kernels import configs, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
+from gsr.kernels import configs, packed, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITONS = ROOT / "build" / "triton"  # a folder a version
@@ -102,14 +102,34 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
     for sy, sx, wide in scales:
         more = {"WIDE": True} if wide else {}
         for prepare, kind in enumerate(("forward", "prepare")):
-            config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C)
+            config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C, wide=wide)
             add("splat_forward", config, PREPARE=bool(prepare), **more)
         config = configs.choose_splat("backward", arch, (sy, sx), channels=use.C)
         add("splat_backward", config, **more)
+    if use.C == 3:
+        found += packed_configurations(arch, use)
     for prepare in (False, True):
         add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
     add("points_backward", configs.choose_points("backward", arch))
     return _distinct(found)
+
+
+def packed_configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
+    """What `direct` is given at inference: all blocks for the bundled model, which are those of
+    any number of Gaussians; for others, and for images of bytes and huge ones, at some scales.
+    """
+    gaussians = configs.choose_points("backward", arch)
+    found = [
+        ("packed_gaussians", {"K": use.K, "CELLS": gaussians["CELLS"]}, gaussians["num_warps"])
+    ]
+    some = [(n, n) for n in (1, 2, 2.5, 4, 4.1, 5)]
+    scales = [(sy, sx) for sy in SCALES for sx in SCALES] if use.name == "lite" else some
+    more = [{}] * len(scales) + [{"LEVELS": True}] * len(some) + [{"WIDE": True}] * len(some)
+    for scale, flags in zip([*scales, *some, *some], more, strict=True):
+        config = configs.choose_packed(arch, scale, cells=(10_000, 10_000))
+        constants = {"K": use.K, "R": use.R, "NORMALIZE": True, "LEVELS": False, **config, **flags}
+        found.append(("packed_splat", constants, constants.pop("num_warps")))
+    return found
 
 
 def _distinct(found: list) -> list:
@@ -120,13 +140,16 @@ def _distinct(found: list) -> list:
 
 # Pointers of all kernels by the type of what they point to. Gradients are float32 whatever the
 # storage type, as are the weights that all windows share.
-STORED = "values sigma rho opacity offset features grad out".split()
+STORED = "values sigma rho opacity offset features grad out raw".split()
 FLOAT = "d_values d_sigma d_rho d_opacity d_offset d_features kernels weights d_weights".split()
+FLOAT += "conic centre blue lr".split()
+SCALARS = ("eps", "low", "high", "reach")
 POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "starts": "*i64"}
 
 
 def kernel_of(name: str):
-    return getattr(windows if name.startswith("windows") else splat, name)
+    modules = {"windows": windows, "packed": packed}
+    return getattr(modules.get(name.split("_")[0], splat), name)
 
 
 def compile_kernel(name: str, constants: dict, target, num_warps: int, values: str = "fp32"):
@@ -144,8 +167,8 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
     if "WIDE" in kernel.arg_names:
         constants = {"WIDE": False, **constants}
     pointers = POINTERS | dict.fromkeys(STORED, f"*{values}")
-    if constants.get("PREPARE") or name == "windows_weights":
-        pointers["out"] = "*fp32"
+    if constants.get("PREPARE") or name in ("windows_weights", "packed_splat"):
+        pointers["out"] = "*u8" if constants.get("LEVELS") else "*fp32"
     if name in ("splat_backward", "points_backward"):  # of NORMALIZE: the first pass wrote it
         pointers["grad"] = "*fp32"
     signature, attributes = {}, {}
@@ -156,7 +179,7 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
             signature[argument] = pointers[argument]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "fp32" if argument == "eps" else "i32"
+            signature[argument] = "fp32" if argument in SCALARS else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     target = TARGETS[target] if isinstance(target, str) else target
     return triton.compile(source, target=target, options=options)
@@ -511,12 +534,16 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     kind += " wide" if constants.get("WIDE") else ""
     if family == "windows":
         return f"official {kind}", {"WINDOW": constants["WINDOW"]}
+    if family == "packed":
+        use = next(u for u in USES if u.C == 3 and u.K == constants["K"])
+        kind += " levels" if constants.get("LEVELS") else ""
+        return f"{use.name} packed {kind}", {"K": use.K, "C": 3, "R": use.R}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
     points = "points " if family == "points" else ""
     return f"{use.name} {points}{kind}", {"K": use.K, "C": use.C, "R": use.R}
 
 
-BLOCKS = ("PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "maxnreg")
+BLOCKS = ("PY", "PX", "SPLIT", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "maxnreg")
 
 
 def compiled_rows(arch: str) -> list[dict]:
@@ -654,7 +681,8 @@ def block_text(config: dict) -> str:
 def summary(rows: list[dict]) -> str:
     """Tables of what the models use at x4: all targets in a row, and the model."""
     kinds = ("forward", "prepare", "backward")
-    order = [
+    order = [f"{u} packed {k}" for u in ("lite", "direct") for k in ("splat", "gaussians")]
+    order += [
         f"{u} {p}{k}" for u in ("lite", "direct", "field") for p in ("", "points ") for k in kinds
     ]
     products = ("forward", "backward features", "backward weights")
@@ -691,8 +719,10 @@ def _at_scale(kind: str, r: dict) -> dict:
     arch = next((c.arch for c in CHIPS if r["provider"] == f"model {c.name}"), r["provider"])
     if "WINDOW" in r["sizes"]:
         return r["config"]  # the same at any scale
-    if kind.startswith("points"):
-        kind = "backward" if kind.endswith("backward") else "forward"
+    if kind == "packed splat":
+        return configs.choose_packed(arch, (SCALE, SCALE), cells=(10_000, 10_000))
+    if kind.startswith(("points", "packed")):
+        kind = "forward" if kind.endswith(("forward", "prepare")) else "backward"
         return configs.choose_points(kind, arch)
     return configs.choose_splat(kind, arch, (SCALE, SCALE), channels=r["sizes"]["C"])
 

@@ -15,9 +15,10 @@ from bench import static  # noqa: E402
 
 # Bytes, of 64 KiB (gfx942) to 227 KiB (sm_90): several programs have to fit at a time. A product
 # keeps its operands there, on sm_100 with a few bytes of barriers besides.
-SHARED = {"splat": 16 << 10, "points": 16 << 10, "windows": (32 << 10) + 64}
+SHARED = {"packed": 0, "splat": 16 << 10, "points": 16 << 10, "windows": (32 << 10) + 64}
 KERNELS = (
     "splat_forward", "splat_backward", "points_forward", "points_backward",
+    "packed_gaussians", "packed_splat",
     "windows_weights", "windows_forward", "windows_backward_features", "windows_backward_weights",
 )  # fmt: skip
 TARGETS = pytest.mark.parametrize("target", static.TARGETS)
@@ -31,7 +32,7 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE"))
+        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE", "SPLIT"))
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
     return list(found.values())
@@ -91,10 +92,10 @@ def test_no_compilation_for_particular_numbers():
     """Of rows, sizes and strides, which change from strip to strip and from image to image."""
     for kernel in KERNELS:
         parameters = static.kernel_of(kernel).params
-        pointers = {*static.STORED, *static.POINTERS}
+        pointers = {*static.STORED, *static.POINTERS, *static.SCALARS}
         numbers = [p for p in parameters if not p.is_constexpr and p.name not in pointers]
         assert numbers
-        assert [p.name for p in numbers if not p.do_not_specialize and p.name != "eps"] == []
+        assert [p.name for p in numbers if not p.do_not_specialize] == []
 
 
 def test_all_kernels_are_shipped_to_every_target():
@@ -150,7 +151,7 @@ def test_arguments_that_are_1(kernel):
     """
     name, constants, warps = next(c for c in largest_blocks("sm_90") if c[0] == kernel)
     function = static.kernel_of(name)
-    others = {*static.STORED, *static.POINTERS, "eps"}
+    others = {*static.STORED, *static.POINTERS, *static.SCALARS}
     numbers = {
         p.name: 1
         for p in function.params
