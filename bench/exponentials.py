@@ -1,6 +1,7 @@
 """A kernel that computes exponentials and little else: the rate of the special functions."""
 
-# pyright: reportArgumentType=false  # numbers for constexpr
+# Numbers are given for constexpr:
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -382,128 +384,61 @@ class Chip:
     clock: float  # Hz
     bandwidth: float  # bytes / s
     fp32: float  # warp instructions (32 lanes) a clock and multiprocessor
-    tf32: float  # operations / s of the tensor cores, dense
 
 
 CHIPS = [
-    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s, 156 TFLOPS
-    # tf32.
-    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0, 156e12),
-    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s, 989 TFLOPS
-    # tf32 of sparse matrices, half of that of dense ones.
-    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0, 494.5e12),
+    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s.
+    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0),
+    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s.
+    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0),
 ]
 # Others of both, CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": 16
-# lanes of special functions; 32 of load/store; four schedulers with one instruction a clock each.
-MUFU, LOAD, ISSUE = 0.5, 1.0, 4.0
-# Clocks until a load that L2 answers is there: about 260 on both (Luo et al., arXiv 2402.13499).
-LATENCY = 260
-PIPES = {
-    "arithmetic": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "IMAD"),
-    "mufu": ("MUFU",),
-    "load": ("LDG", "STG", "LDS", "STS", "LDSM", "SHFL"),
-}
+# lanes of special functions; four schedulers with one instruction a clock each.
+MUFU, ISSUE = 0.5, 4.0
+ARITHMETIC = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "IMAD")
 
 
-def count(name: str, constants: dict, num_warps: int, code: Loop, s) -> dict:
-    """Warp instructions of a grid kernel for the image `s`, all warps together, by pipe.
-
-    "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
-    """
-    cells = -(-s.w // constants["CELLS"])
-    window = 2 * s.R + 1
-    cy, cx = -(-s.H // s.h), -(-s.W // s.w)
-    if name == "splat_forward":
-        blocks = -(-cy // constants["PY"]) * -(-cx // constants["PX"])
-        programs, trips = s.b * s.h * cells * blocks, [window * window, s.K]
-        inside, outside = 1 + (window - 1) / window, cx
-    else:
-        programs = s.b * s.K * s.h * cells
-        trips = [window * s.H / s.h, window * cx]
-        inside = outside = cx
-    # Exponentials that a thread computes for one Gaussian.
+def count(name: str, constants: dict, code: Loop, s: Shape) -> dict[str, float]:
+    """Warp instructions of a grid kernel for the image `s`, one warp a program, by pipe."""
+    window, cy, cx = 2 * s.R + 1, -(-s.H // s.h), -(-s.W // s.w)
+    programs, trips = s.b * s.h * -(-s.w // constants["CELLS"]), [window * window, s.K]
     pixels = constants.get("PY", 1) * constants.get("PX", 1)
-    pixels *= max(1, constants["CELLS"] // (32 * num_warps))
+    if name == "splat_backward":
+        programs, trips = programs * s.K, [window * s.H / s.h, window * cx]
+    else:
+        programs *= -(-cy // constants["PY"]) * -(-cx // constants["PX"])
     total = Counter()
 
-    def run(loop, left, times):
+    def run(loop: Loop, left: Sequence[float], times: float) -> None:
         # A loop of one step, or two made into one, is gone from the code.
         n = left[0] if loop.inner else math.prod(left)
         if not loop.inner:
             n /= max(1, loop.mix["MUFU.EX2"] / pixels)  # unrolled
-        add(loop.mix, times * n, inside)
+        for op, m in loop.mix.items():
+            total[op] += m * n * times  # pyright: ignore[reportArgumentType]
         for inner in loop.inner:
             run(inner, left[1:], times * n)
 
-    def add(mix, times, lines):
-        for op, m in mix.items():
-            total["issue"] += m * times
-            for pipe, ops in PIPES.items():
-                if op.split(".")[0] in ops:
-                    total[pipe] += m * times * (lines if op in ("LDG", "STG") else 1)
-
-    add(code.mix, 1, outside)
+    run(Loop(code.mix, []), [1], 1)
     for loop in code.inner:
-        run(loop, trips, 1)
-    warps = programs * num_warps
-    return {
-        "warps": warps,
-        "steps": math.prod(trips),
-        **{pipe: total[pipe] * warps for pipe in ("issue", *PIPES)},
-    }
+        run(loop, trips if _hot(loop) else [5], 1)  # the rows that a bicubic filter takes
+    mufu = sum(n for op, n in total.items() if op.startswith("MUFU"))
+    found = {
+        "issue": total.total(), "mufu": mufu, "arithmetic": sum(total[op] for op in ARITHMETIC)
+    }  # fmt: skip
+    return {pipe: n * programs for pipe, n in found.items()}
 
 
-def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: Loop) -> dict:
-    """Seconds that each limit of `chip` asks of a product of `official` for the x4 image."""
-    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in IMAGE)
-    pixels, columns = (side * SCALE) ** 2, 8 * h * w
-    blocks_p, blocks_m = -(-pixels // constants["PIXELS"]), -(-columns // constants["COLUMNS"])
-    # A block of columns, or of pixels, that a program goes through in its loop.
-    each = -(-blocks_m // 32)
-    programs, trips, products = {
-        "windows_forward": (blocks_p * blocks_m, 1, 1),
-        "windows_backward_features": (blocks_m, blocks_p, 2),
-        "windows_backward_weights": (blocks_p * -(-blocks_m // each), each, 2),
-    }[name]
-    assert not any(loop.inner for loop in code.inner)
-    mix = Counter(code.mix)
-    for loop in code.inner:
-        mix.update({op: n * trips for op, n in loop.mix.items()})
-    warps, on = programs * num_warps, chip.sms * chip.clock
-    block = constants["PIXELS"] * constants["COLUMNS"] * constants["NP"]
-    features, out = 8 * h * w * side**2, pixels * columns
-    moved = 4 * (out + features * (1 + (name == "windows_backward_features")))
-    return {
-        "memory": moved / chip.bandwidth,
-        # A multiply-add is two operations, a float32 product three of tf32. Warps may repeat one
-        # another's: then there are more instructions of 16 x 8 x 8 than the formula needs.
-        "tensor": max(6 * products * block * programs * trips, 2048 * mix["HMMA"] * warps)
-        / chip.tf32,
-        # At least: a load or store for one line of 128 bytes.
-        "load": sum(mix[op] for op in PIPES["load"]) * warps / on / LOAD,
-        "issue": mix.total() * warps / on / ISSUE,
-    }
-
-
-def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, float]:
+def model(chip: Chip, counted: dict[str, float], moved: int) -> dict[str, float]:
     """Seconds that each limit of `chip` asks for; the kernel takes the longest of them, or more.
 
     Args:
         counted: from `count`.
         moved: bytes to and from memory.
-        resident: warps a multiprocessor, from `occupancy`.
     """
-    whole = chip.sms * chip.clock
-    # A warp that is alone waits for its loads once a step; others fill that time if there are any.
-    alone = counted["issue"] / counted["warps"] + counted["steps"] * LATENCY
-    return {
-        "memory": moved / chip.bandwidth,
-        "arithmetic": counted["arithmetic"] / whole / chip.fp32,
-        "mufu": counted["mufu"] / whole / MUFU,
-        "load": counted["load"] / whole / LOAD,
-        "issue": counted["issue"] / whole / ISSUE,
-        "latency": counted["warps"] * alone / resident / whole,
-    }
+    rates = {"arithmetic": chip.fp32, "mufu": MUFU, "issue": ISSUE}
+    times = {n: counted[n] / rate / chip.sms / chip.clock for n, rate in rates.items()}
+    return {"memory": moved / chip.bandwidth, **times}
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -519,7 +454,7 @@ def _hot(loop: Loop) -> Counter:
 
 def _summary(mix: Counter) -> dict[str, int]:
     """Instructions of a loop by what they do."""
-    fp32 = sum(mix[op] for op in PIPES["arithmetic"] if op != "IMAD")
+    fp32 = sum(mix[op] for op in ARITHMETIC if op != "IMAD")
     mufu = sum(n for op, n in mix.items() if op.startswith("MUFU"))
     # HMMA of a warp, HGMMA of four (sm_90), UTCHMMA of a block (sm_100).
     mma = sum(n for op, n in mix.items() if "MMA" in op)
@@ -573,49 +508,36 @@ IMAGE = (1356, 2040)
 SCALE = 4
 
 
+KINDS = ("packed splat", "forward", "prepare", "backward")
+
+
 def model_rows() -> list[dict]:
     """A row for each kernel of the grid, use and chip: the model's seconds for the x4 image."""
     rows = []
-    for chip in CHIPS:
-        for use in USES:
-            s = Shape(
-                use.K, use.C, use.R, IMAGE[0] // SCALE, IMAGE[1] // SCALE, *IMAGE,
-                offset=use.offset,
-            )  # fmt: skip
-            for kind in ("forward", "prepare", "backward"):
-                config = configs.choose_splat(kind, chip.arch, (SCALE, SCALE), channels=use.C)
-                rows.append(model_row(chip, use, s, kind, config))
-        for kernel, constants, warps in shipped(chip.arch):
-            if kernel.startswith("windows") and "PIXELS" in constants:
-                rows.append(windows_row(chip, kernel, constants, warps))
+    for chip, use, kind in product(CHIPS, USES, KINDS):
+        if use.C == 3 or kind != "packed splat":
+            lr = IMAGE[0] // SCALE, IMAGE[1] // SCALE
+            s = Shape(use.K, use.C, use.R, *lr, *IMAGE, offset=use.offset)
+            r = {"provider": chip.arch, "sizes": {"C": use.C}}
+            rows.append(model_row(chip, use, s, kind, _at_scale(kind, r)))
     return rows
-
-
-def windows_row(chip: Chip, kernel: str, constants: dict, warps: int) -> dict:
-    """The model's row for one product of `official`."""
-    compiled = compile_kernel(kernel, constants, chip.arch, warps)
-    usage = resources(compiled)
-    case, sizes = _names(kernel, constants)
-    return schema.row(
-        case, f"model {chip.name}", {**sizes, "HR": list(IMAGE)},
-        config={n: constants[n] for n in BLOCKS if n in constants} | {"num_warps": warps},
-        resources=usage, occupancy=occupancy(usage, warps, chip.arch),
-        model=windows_model(chip, kernel, constants, warps, disassemble(compiled)),
-    )  # fmt: skip
 
 
 def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
     """The model's row for one grid kernel in one configuration."""
-    kernel = "splat_backward" if kind == "backward" else "splat_forward"
-    constants = {n: v for n, v in config.items() if n != "num_warps"}
-    if kernel == "splat_forward":
-        constants["PREPARE"] = kind == "prepare"
-    constants = {**use.constants(), **constants}
-    compiled = compile_kernel(kernel, constants, chip.arch, config["num_warps"])
+    kernel = {"packed splat": "packed_splat", "backward": "splat_backward"}.get(
+        kind, "splat_forward"
+    )
+    constants = {**use.constants(), **config}
+    warps = constants.pop("num_warps")
+    constants |= {"LEVELS": False} if kernel == "packed_splat" else {}
+    constants |= {"PREPARE": kind == "prepare"} if kernel == "splat_forward" else {}
+    names = {*kernel_of(kernel).arg_names, "maxnreg"}
+    constants = {n: v for n, v in constants.items() if n in names}
+    compiled = compile_kernel(kernel, constants, chip.arch, warps)
     usage = resources(compiled)
-    resident = occupancy(usage, config["num_warps"], chip.arch)
-    counted = count(kernel, constants, config["num_warps"], disassemble(compiled), s)
     moved, operations = {
+        "packed splat": (cost.forward_bytes(s), cost.forward_operations(s)),
         "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
         # The incoming gradient in, g' and s out instead of the image.
         "prepare": (cost.forward_bytes(s) + 4 * s.pixels * (s.C + 1), cost.forward_operations(s)),
@@ -624,11 +546,12 @@ def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
             cost.backward_operations(s) - cost.forward_operations(s),
         ),
     }[kind]
+    counted = count(kernel, constants, disassemble(compiled), s)
     return schema.row(
         f"{use.name} {kind}", f"model {chip.name}",
         {"K": use.K, "C": use.C, "R": use.R, "LR": [s.h, s.w], "HR": [s.H, s.W]},
-        bytes=moved, operations=operations, config=config, resources=usage, occupancy=resident,
-        model=model(chip, counted, moved, resident),
+        bytes=moved, operations=operations, config=config, resources=usage,
+        occupancy=occupancy(usage, warps, chip.arch), model=model(chip, counted, moved),
     )  # fmt: skip
 
 
@@ -775,7 +698,7 @@ def spilling(rows: list[dict]) -> list[dict]:
 
 def version_table(rows: dict[str, list[dict]]) -> list[str]:
     """Lines of a Markdown table from rows by version: spills, and what `lite` takes at x4."""
-    kinds = ("forward", "prepare", "backward")
+    kinds = KINDS
     lines = [
         "| triton | target | configurations | spill | "
         + " | ".join(f"{kind}: loop, registers" for kind in kinds)
@@ -846,7 +769,7 @@ def main(argv=None) -> None:
     if args.output:
         import torch
 
-        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE, "latency": LATENCY}
+        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
         document.put(args.document, "static", summary(rows))

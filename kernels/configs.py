@@ -93,8 +93,8 @@ def choose_packed_block(
         whole = across * ((1 - part) * column(low) + part * column(high))
         return max(BUSY - programs, 0), whole, px
 
-    sides = (range(1, min(max(n, 1), SIDE) + 1) for n in (high, width))
-    return min(product(*sides), key=cost)
+    tall, broad = (range(1, min(max(n, 1), SIDE) + 1) for n in (high, width))
+    return min(product(tall, broad), key=cost)
 
 
 # Pixels of a window and columns (windows of a channel of an image) of a program of the products.

@@ -11,7 +11,7 @@ conic anew; what leaves is the image itself.
 # pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-# pyright: reportArgumentType=false, reportPrivateUsage=false
+# pyright: reportArgumentType=false, reportPrivateUsage=false, reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def _backend(values: Tensor) -> Backend:
     return cpu
 
 
-def _call(op: Callable[..., Tensor], run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _call(op: Callable[..., Any], run: Callable[..., Any], *arguments: Any) -> Any:
     """op(...), or run(...), the same without PyTorch's registry.
 
     The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that

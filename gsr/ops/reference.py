@@ -102,8 +102,8 @@ def direct_gaussians(
     Channels of each: colour (3), sigma (2), offset (2), rho, opacity. Sigma lies between the two
     bounds, offsets within `reach`, |rho| below 0.95, opacity in (0, 1).
     """
-    raw = rearrange(raw, "b (k p) h w -> b k p h w", k=gaussians)
-    colour, width, offset, rho, opacity = raw.split((3, 2, 2, 1, 1), dim=2)
+    parts: Tensor = rearrange(raw, "b (k p) h w -> b k p h w", k=gaussians)
+    colour, width, offset, rho, opacity = parts.split((3, 2, 2, 1, 1), dim=2)
     low, high = sigma
     return Gaussians(
         values=colour,
@@ -123,16 +123,21 @@ def pack(gaussians: Gaussians) -> Packed:
     (sy, sx), (red, green, blue) = sigma.unbind(2), values.unbind(2)
     oy, ox = (torch.zeros_like(sigma) if offset is None else offset).unbind(2)
     k = -HALF_LOG2_E / (1 - rho**2)
-    conic = k / sy**2, -2 * k * rho / (sy * sx), k / sx**2, opacity.log2()
-    centre = oy, ox, red, green
-    quads = (torch.stack(four, dim=-1).view(torch.complex128)[..., 0] for four in (conic, centre))
-    return Packed(*quads, blue.contiguous())
+    conic = [k / sy**2, -2 * k * rho / (sy * sx), k / sx**2, opacity.log2()]
+    conic, centre = (
+        torch.stack(four, dim=-1).view(torch.complex128)[..., 0]
+        for four in (conic, [oy, ox, red, green])
+    )
+    return Packed(conic, centre, blue.contiguous())
 
 
 def unpack(packed: Packed) -> Gaussians:
     """What `pack` was given, but for rounding."""
-    conic, centre = (t.contiguous().view(torch.float32).unflatten(-1, (-1, 4)) for t in packed[:2])
-    (a, b, c, opacity), (oy, ox, red, green) = conic.unbind(-1), centre.unbind(-1)
+    shape = *packed.blue.shape, 4
+    conic = packed.conic.contiguous().view(torch.float32).view(shape)
+    centre = packed.centre.contiguous().view(torch.float32).view(shape)
+    a, b, c, opacity = conic.unbind(-1)
+    oy, ox, red, green = centre.unbind(-1)
     rho = 0.5 * b / (a * c).sqrt()  # a and c are negative
     k = -HALF_LOG2_E / (1 - rho**2)
     return Gaussians(
