@@ -74,14 +74,16 @@ TAPS = 5
 SCALES = [n + part for n in range(1, 10) for part in (0, 0.1, 0.5)]
 
 
-def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
+def shipped(
+    arch: str | None = None, uses: Sequence[Use] = USES, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
     """(kernel, constants, num_warps) of every configuration that the models' uses are given.
 
     `arch` names one of `TARGETS`; None is what any architecture gets.
     """
     found = []
     for a in TARGETS if arch is None else [arch]:
-        found += [one for use in USES for one in configurations(a, use)]
+        found += [one for use in uses for one in configurations(a, use, scales)]
         # num_warps is Triton's own choice there.
         found.append(("windows_weights", {**WINDOWS, "TAPS": TAPS}, 4))
         for name in ("windows_forward", "windows_backward_features", "windows_backward_weights"):
@@ -91,7 +93,9 @@ def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
     return _distinct(found)
 
 
-def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
+def configurations(
+    arch: str, use: Use, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
     """(kernel, constants, num_warps) of what kernels/configs.py gives one use at any scale."""
     found = []
 
@@ -99,9 +103,10 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
         constants = {**use.constants(), **config, **more}
         found.append((name, constants, constants.pop("num_warps")))
 
-    scales = [(sy, sx, False) for sy in SCALES for sx in SCALES]
-    scales += [(sy, sx, True) for sy, sx in ((1, 1), (2, 2), (4, 4), (5, 5), (1, 8), (8, 1))]
-    for sy, sx, wide in scales:
+    pairs = [(sy, sx, False) for sy in scales for sx in scales]
+    huge = ((1, 1), (2, 2), (4, 4), (5, 5), (1, 8), (8, 1))
+    pairs += [(sy, sx, True) for sy, sx in huge if {sy, sx} <= {*scales}]
+    for sy, sx, wide in pairs:
         more = {"WIDE": True} if wide else {}
         for prepare, kind in enumerate(("forward", "prepare")):
             config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C, wide=wide)
@@ -109,25 +114,28 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
         config = configs.choose_splat("backward", arch, (sy, sx), channels=use.C)
         add("splat_backward", config, **more)
     if use.C == 3:
-        found += packed_configurations(arch, use)
+        found += packed_configurations(arch, use, scales)
     for prepare in (False, True):
         add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
     add("points_backward", configs.choose_points("backward", arch))
     return _distinct(found)
 
 
-def packed_configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
-    """What `direct` is given at inference: all blocks for the bundled model, which are those of
-    any number of Gaussians; for others, and for images of bytes and huge ones, at some scales.
+def packed_configurations(
+    arch: str, use: Use, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
+    """What `direct` is given at inference; for other models than the bundled one, and for images
+    of bytes and huge ones, at some scales.
     """
     gaussians = configs.choose_points("backward", arch)
     found = [
         ("packed_gaussians", {"K": use.K, "CELLS": gaussians["CELLS"]}, gaussians["num_warps"])
     ]
-    some = [(n, n) for n in (1, 2, 2.5, 4, 4.1, 5)]
-    scales = [(sy, sx) for sy in SCALES for sx in SCALES] if use.name == "lite" else some
-    more = [{}] * len(scales) + [{"LEVELS": True}] * len(some) + [{"WIDE": True}] * len(some)
-    for scale, flags in zip([*scales, *some, *some], more, strict=True):
+    some = [(n, n) for n in (2, 4, 4.1) if n in scales]
+    pairs = [(n, n) for n in scales] + [(1, 4), (4, 1), (2, 5), (5, 2)]
+    pairs = [pair for pair in pairs if {*pair} <= {*scales}] if use.name == "lite" else some
+    more = [{}] * len(pairs) + [{"LEVELS": True}] * len(some) + [{"WIDE": True}] * len(some)
+    for scale, flags in zip([*pairs, *some, *some], more, strict=True):
         config = configs.choose_packed(arch, scale, cells=(10_000, 10_000))
         constants = {"K": use.K, "R": use.R, "NORMALIZE": True, "LEVELS": False, **config, **flags}
         found.append(("packed_splat", constants, constants.pop("num_warps")))
@@ -481,10 +489,10 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
 BLOCKS = ("PY", "PX", "SPLIT", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "maxnreg")
 
 
-def compiled_rows(arch: str) -> list[dict]:
+def compiled_rows(arch: str, uses: Sequence[Use], scales: Sequence[float]) -> list[dict]:
     """A row for every shipped configuration of one architecture."""
     rows = []
-    for kernel, constants, warps in shipped(arch):
+    for kernel, constants, warps in shipped(arch, uses, scales):
         case, sizes = _names(kernel, constants)
         compiled = compile_kernel(kernel, constants, arch, warps)
         usage = resources(compiled)
@@ -511,10 +519,10 @@ SCALE = 4
 KINDS = ("packed splat", "forward", "prepare", "backward")
 
 
-def model_rows() -> list[dict]:
+def model_rows(uses: Sequence[Use]) -> list[dict]:
     """A row for each kernel of the grid, use and chip: the model's seconds for the x4 image."""
     rows = []
-    for chip, use, kind in product(CHIPS, USES, KINDS):
+    for chip, use, kind in product(CHIPS, uses, KINDS):
         if use.C == 3 or kind != "packed splat":
             lr = IMAGE[0] // SCALE, IMAGE[1] // SCALE
             s = Shape(use.K, use.C, use.R, *lr, *IMAGE, offset=use.offset)
@@ -671,8 +679,11 @@ def triton_environment(version: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)])}
 
 
-def triton_rows(version: str, arches: list[str]) -> list[dict]:
-    """`compiled_rows` of a process of its own with this version of Triton."""
+def triton_rows(version: str, arches: list[str], options: Sequence[str] = ()) -> list[dict]:
+    """`compiled_rows` of a process of its own with this version of Triton.
+
+    `options` are further ones of its command line.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report, linker = Path(folder) / "static.json", Path(folder) / "ld.lld"
         # Up to 3.4 Triton calls ROCm's linker when the machine code is there. Nothing will run it,
@@ -682,7 +693,7 @@ def triton_rows(version: str, arches: list[str]) -> list[dict]:
         environment = {"TRITON_HIP_LLD_PATH": str(linker), **triton_environment(version)}
         command = [sys.executable, "-m", "bench", "static", "--no-model", "--output", str(report)]
         subprocess.run(
-            [*command, "--arch", *arches], cwd=ROOT, env=environment, check=True,
+            [*command, "--arch", *arches, *options], cwd=ROOT, env=environment, check=True,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         found = schema.load(report)
@@ -722,7 +733,9 @@ def version_table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def compare_versions(versions: list[str], arches: list[str], page: Path | None) -> None:
+def compare_versions(
+    versions: list[str], arches: list[str], options: list[str], page: Path | None
+) -> None:
     """Print, and with `page` write there, what each version makes of what is shipped.
 
     Raises:
@@ -730,7 +743,7 @@ def compare_versions(versions: list[str], arches: list[str], page: Path | None) 
     """
     for version in versions:
         triton_environment(version)  # before minutes are spent
-    rows = {version: triton_rows(version, arches) for version in versions}
+    rows = {version: triton_rows(version, arches, options) for version in versions}
     table = version_table(rows)
     print(*table, sep="\n")
     if page:
@@ -745,6 +758,12 @@ def compare_versions(versions: list[str], arches: list[str], page: Path | None) 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench static", description=NOTE)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    names = [use.name for use in USES]
+    parser.add_argument("--use", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument(
+        "--scale", nargs="+", type=float, default=SCALES, metavar="S",
+        help="only what these scales are given (default: any scale)",
+    )  # fmt: skip
     parser.add_argument("--no-model", action="store_true", help="only what the compiler says")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(
@@ -760,9 +779,11 @@ def main(argv=None) -> None:
     if args.document:  # before minutes are spent
         document.read(args.document, "tritons" if args.triton else "static")
     if args.triton:
-        return compare_versions(args.triton, args.arch, args.document)
-    rows = [r for arch in args.arch for r in compiled_rows(arch)]
-    rows += [] if args.no_model else model_rows()
+        options = ["--use", *args.use, "--scale", *map(str, args.scale)]
+        return compare_versions(args.triton, args.arch, options, args.document)
+    uses = [use for use in USES if use.name in args.use]
+    rows = [r for arch in args.arch for r in compiled_rows(arch, uses, args.scale)]
+    rows += [] if args.no_model else model_rows(uses)
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
     if not args.no_model:
         print("", *model_table([r for r in rows if "model" in r]), sep="\n")

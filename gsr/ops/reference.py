@@ -102,8 +102,8 @@ def direct_gaussians(
     Channels of each: colour (3), sigma (2), offset (2), rho, opacity. Sigma lies between the two
     bounds, offsets within `reach`, |rho| below 0.95, opacity in (0, 1).
     """
-    parts: Tensor = rearrange(raw, "b (k p) h w -> b k p h w", k=gaussians)
-    colour, width, offset, rho, opacity = parts.split((3, 2, 2, 1, 1), dim=2)
+    parts = raw.reshape(raw.shape[0], gaussians, 9, *raw.shape[2:])
+    colour, width, offset, rho, opacity = torch.split(parts, [3, 2, 2, 1, 1], dim=2)
     low, high = sigma
     return Gaussians(
         values=colour,

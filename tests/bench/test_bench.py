@@ -89,7 +89,7 @@ def test_operations_of_one_weight():
 
 def test_static_report(static, tmp_path, monkeypatch, capsys):
     some = [x for x in static.shipped("sm_90") if x[0] == "splat_backward"][:1]
-    monkeypatch.setattr(static, "shipped", lambda arch: some)
+    monkeypatch.setattr(static, "shipped", lambda *_: some)
     path, page = tmp_path / "static.json", tmp_path / "page.md"
     page.write_text("before\n<!-- static -->\nold\n<!-- /static -->\nafter\n")
     static.main(["--arch", "sm_90", "--no-model", "--output", str(path), "--document", str(page)])

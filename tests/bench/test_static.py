@@ -160,3 +160,36 @@ def test_arguments_that_are_1(kernel):
     static.compile_kernel(name, constants | numbers, "sm_90", warps)
     if "WIDE" in function.arg_names:
         static.compile_kernel(name, constants | numbers | {"WIDE": True}, "sm_90", warps)
+
+
+def test_fractional_scales_cost_what_their_weights_cost():
+    """At x4.1 at most 1.15 times the instructions a weight of x4 (sm_90, the bundled model)."""
+    from bench.cost import Shape
+
+    def instructions(py, px):
+        """Of one cell of py x px pixels, setting up and storing included."""
+        config = static.configs.choose_packed("sm_90", (py, px), cells=(10_000, 10_000))
+        config |= {"PY": py, "PX": px}
+        constants = {"K": 9, "R": 1, "NORMALIZE": True, "LEVELS": False, **config}
+        warps = constants.pop("num_warps")
+        code = static.disassemble(static.compile_kernel("packed_splat", constants, "sm_90", warps))
+        s = Shape(9, 3, 1, h=8, w=32, H=8 * py, W=32 * px)
+        return static.count("packed_splat", constants, code, s)["issue"] / 8 / 81
+
+    blocks = {s: static.configs.choose_packed_block((s, s), (10_000, 10_000), 32) for s in (4, 4.1)}
+    assert blocks == {4: (4, 4), 4.1: (5, 5)}
+    whole = instructions(4, 4) / 16
+    split = (0.9 * instructions(4, 5) + 0.1 * instructions(5, 5)) / 4.1**2
+    assert 7 < whole < 12 and split < 1.15 * whole
+
+
+def test_small_images_fill_a_gpu():
+    from gsr.kernels import configs
+
+    for side, scale in ((96, 4), (96, 2.5), (48, 4), (720, 4)):
+        py, px = configs.choose_packed_block((scale, scale), (side, side), 32)
+        n = -(-scale // 1)
+        programs = side * -(-side // 32) * -(-n // py) * -(-n // px)
+        assert programs >= configs.BUSY, (side, scale)
+    assert configs.choose_packed_block((4, 4), (720, 1280), 32) == (4, 4)
+    assert configs.choose_packed_block((4, 4), (4, 4), 32) == (1, 1)

@@ -83,7 +83,7 @@ def test_versions_are_compared(monkeypatch, tmp_path, capsys):
     spills = {"3.6.0": 8, "3.7.1": 0}
     monkeypatch.setattr(
         static, "triton_rows",
-        lambda version, arches: [
+        lambda version, arches, options: [
             row(arch, kind, spills=spills[version] if kind == "prepare" else 0)
             for arch in arches
             for kind in static.KINDS
