@@ -60,7 +60,7 @@ def fits(py: int, px: int, channels: int) -> bool:
 
 
 # Instructions of a packed splat for a Gaussian: once, for a row, a column and a pixel of a block.
-ONCE, ROW, COLUMN, PIXEL = 15, 3, 2, 7
+ONCE, ROW, COLUMN, PIXEL = 17, 3, 2, 7
 # Programs, a warp each, that make an H100 busy: eight for each of its 132 multiprocessors.
 BUSY = 8 * 132
 

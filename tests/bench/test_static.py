@@ -32,7 +32,9 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE", "SPLIT"))
+        # K is but the end of a loop, on which the packed kernels' code hardly depends.
+        keys = ("C", "R", "PREPARE", "WIDE", "SPLIT", *("K" * (not name.startswith("packed"))))
+        use = name, *(constants.get(x) for x in keys)
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
     return list(found.values())
