@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,13 @@ from triton.compiler import ASTSource
 from bench import cost, document, schema
 from bench.cost import Shape
 from gsr.errors import InputError
-from gsr.kernels import configs, decode, splat, windows  # pyright: ignore[reportAttributeAccessIssue]
+from gsr.kernels import (
+    configs,  # pyright: ignore[reportAttributeAccessIssue]
+    decode,  # pyright: ignore[reportAttributeAccessIssue]
+    packed,  # pyright: ignore[reportAttributeAccessIssue]
+    splat,  # pyright: ignore[reportAttributeAccessIssue]
+    windows,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITONS = ROOT / "build" / "triton"  # a folder a version
@@ -75,14 +83,16 @@ LAYERS = 4
 SCALES = [n + part for n in range(1, 10) for part in (0, 0.1, 0.5)]
 
 
-def shipped(arch: str | None = None) -> list[tuple[str, dict, int]]:
+def shipped(
+    arch: str | None = None, uses: Sequence[Use] = USES, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
     """(kernel, constants, num_warps) of every configuration that the models' uses are given.
 
     `arch` names one of `TARGETS`; None is what any architecture gets.
     """
     found = []
     for a in TARGETS if arch is None else [arch]:
-        found += [one for use in USES for one in configurations(a, use)]
+        found += [one for use in uses for one in configurations(a, use, scales)]
         # num_warps is Triton's own choice there.
         found.append(("windows_weights", {**WINDOWS, "TAPS": TAPS}, 4))
         for name in ("windows_forward", "windows_backward_features", "windows_backward_weights"):
@@ -107,7 +117,9 @@ def decoders(arch: str) -> list[tuple[str, dict, int]]:
     return found
 
 
-def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
+def configurations(
+    arch: str, use: Use, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
     """(kernel, constants, num_warps) of what kernels/configs.py gives one use at any scale."""
     found = []
 
@@ -115,19 +127,43 @@ def configurations(arch: str, use: Use) -> list[tuple[str, dict, int]]:
         constants = {**use.constants(), **config, **more}
         found.append((name, constants, constants.pop("num_warps")))
 
-    scales = [(sy, sx, False) for sy in SCALES for sx in SCALES]
-    scales += [(sy, sx, True) for sy, sx in ((1, 1), (2, 2), (4, 4), (5, 5), (1, 8), (8, 1))]
-    for sy, sx, wide in scales:
+    pairs = [(sy, sx, False) for sy in scales for sx in scales]
+    huge = ((1, 1), (2, 2), (4, 4), (5, 5), (1, 8), (8, 1))
+    pairs += [(sy, sx, True) for sy, sx in huge if {sy, sx} <= {*scales}]
+    for sy, sx, wide in pairs:
         more = {"WIDE": True} if wide else {}
         for prepare, kind in enumerate(("forward", "prepare")):
-            config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C)
+            config = configs.choose_splat(kind, arch, (sy, sx), channels=use.C, wide=wide)
             add("splat_forward", config, PREPARE=bool(prepare), **more)
         config = configs.choose_splat("backward", arch, (sy, sx), channels=use.C)
         add("splat_backward", config, **more)
+    if use.C == 3:
+        found += packed_configurations(arch, use, scales)
     for prepare in (False, True):
         add("points_forward", configs.choose_points("forward", arch), PREPARE=prepare)
     add("points_backward", configs.choose_points("backward", arch))
     return _distinct(found)
+
+
+def packed_configurations(
+    arch: str, use: Use, scales: Sequence[float] = SCALES
+) -> list[tuple[str, dict, int]]:
+    """What `direct` is given at inference; for other models than the bundled one, and for images
+    of bytes and huge ones, at some scales.
+    """
+    gaussians = configs.choose_points("backward", arch)
+    found = [
+        ("packed_gaussians", {"K": use.K, "CELLS": gaussians["CELLS"]}, gaussians["num_warps"])
+    ]
+    some = [(n, n) for n in (2, 4, 4.1) if n in scales]
+    pairs = [(n, n) for n in scales] + [(1, 4), (4, 1), (2, 5), (5, 2)]
+    pairs = [pair for pair in pairs if {*pair} <= {*scales}] if use.name == "lite" else some
+    more = [{}] * len(pairs) + [{"LEVELS": True}] * len(some) + [{"WIDE": True}] * len(some)
+    for scale, flags in zip([*pairs, *some, *some], more, strict=True):
+        config = configs.choose_packed(arch, scale, cells=(10_000, 10_000))
+        constants = {"K": use.K, "R": use.R, "NORMALIZE": True, "LEVELS": False, **config, **flags}
+        found.append(("packed_splat", constants, constants.pop("num_warps")))
+    return found
 
 
 def _distinct(found: list) -> list:
@@ -138,8 +174,10 @@ def _distinct(found: list) -> list:
 
 # Pointers of all kernels by the type of what they point to. Gradients are float32 whatever the
 # storage type, as are the weights that all windows share.
-STORED = "values sigma rho opacity offset features grad out".split()
+STORED = "values sigma rho opacity offset features grad out raw".split()
 FLOAT = "d_values d_sigma d_rho d_opacity d_offset d_features kernels weights d_weights".split()
+FLOAT += "conic centre blue lr".split()
+SCALARS = ("eps", "low", "high", "reach")
 POINTERS = {**dict.fromkeys(FLOAT, "*fp32"), "points": "*fp64", "order": "*i64", "starts": "*i64"}
 
 
@@ -150,8 +188,8 @@ PSEUDO = ("maxnreg", "TYPE")  # among the constants, and no arguments of the ker
 
 
 def kernel_of(name: str):
-    module = {"windows": windows, "decode": decode}.get(name.split("_")[0], splat)
-    return getattr(module, name)
+    modules = {"windows": windows, "packed": packed, "decode": decode}
+    return getattr(modules.get(name.split("_")[0], splat), name)
 
 
 def compile_kernel(name: str, constants: dict, target, num_warps: int, values: str = "fp32"):
@@ -173,8 +211,8 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
     constants = {n: value for n, value in constants.items() if n not in PSEUDO}
     if "WIDE" in kernel.arg_names:
         constants = {"WIDE": False, **constants}
-    if constants.get("PREPARE") or name == "windows_weights":
-        pointers["out"] = "*fp32"
+    if constants.get("PREPARE") or name in ("windows_weights", "packed_splat"):
+        pointers["out"] = "*u8" if constants.get("LEVELS") else "*fp32"
     if name in ("splat_backward", "points_backward"):  # of NORMALIZE: the first pass wrote it
         pointers["grad"] = "*fp32"
     signature, attributes = {}, {}
@@ -185,7 +223,7 @@ def compile_kernel(name: str, constants: dict, target, num_warps: int, values: s
             signature[argument] = pointers[argument]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "fp32" if argument == "eps" else "i32"
+            signature[argument] = "fp32" if argument in SCALARS else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     target = TARGETS[target] if isinstance(target, str) else target
     return triton.compile(source, target=target, options=options)
@@ -388,107 +426,49 @@ class Chip:
     clock: float  # Hz
     bandwidth: float  # bytes / s
     fp32: float  # warp instructions (32 lanes) a clock and multiprocessor
-    tf32: float  # operations / s of the tensor cores, dense
 
 
 CHIPS = [
-    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s, 156 TFLOPS
-    # tf32.
-    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0, 156e12),
-    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s, 989 TFLOPS
-    # tf32 of sparse matrices, half of that of dense ones.
-    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0, 494.5e12),
+    # NVIDIA A100 80GB SXM data sheet: 108 SMs, 1.41 GHz (19.5 TFLOPS fp32), 2039 GB/s.
+    Chip("A100", "sm_80", 108, 1.41e9, 2.039e12, 2.0),
+    # NVIDIA H100 SXM data sheet: 132 SMs, 67 TFLOPS fp32 (hence 1.98 GHz), 3.35 TB/s.
+    Chip("H100", "sm_90", 132, 1.98e9, 3.35e12, 4.0),
 ]
 # Others of both, CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": 16
-# lanes of special functions; 32 of load/store; four schedulers with one instruction a clock each.
-MUFU, LOAD, ISSUE = 0.5, 1.0, 4.0
-# Clocks until a load that L2 answers is there: about 260 on both (Luo et al., arXiv 2402.13499).
-LATENCY = 260
-PIPES = {
-    "arithmetic": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "IMAD"),
-    "mufu": ("MUFU",),
-    "load": ("LDG", "STG", "LDS", "STS", "LDSM", "SHFL"),
-}
+# lanes of special functions; four schedulers with one instruction a clock each.
+MUFU, ISSUE = 0.5, 4.0
+ARITHMETIC = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "IMAD")
 
 
-def count(name: str, constants: dict, num_warps: int, code: Loop, s) -> dict:
-    """Warp instructions of a grid kernel for the image `s`, all warps together, by pipe.
-
-    "load" counts passes through L1: one for each line of 128 bytes that a warp's load touches.
-    """
-    cells = -(-s.w // constants["CELLS"])
-    window = 2 * s.R + 1
-    cy, cx = -(-s.H // s.h), -(-s.W // s.w)
-    if name == "splat_forward":
-        blocks = -(-cy // constants["PY"]) * -(-cx // constants["PX"])
-        programs, trips = s.b * s.h * cells * blocks, [window * window, s.K]
-        inside, outside = 1 + (window - 1) / window, cx
-    else:
-        programs = s.b * s.K * s.h * cells
-        trips = [window * s.H / s.h, window * cx]
-        inside = outside = cx
-    # Exponentials that a thread computes for one Gaussian.
+def count(name: str, constants: dict, code: Loop, s: Shape) -> dict[str, float]:
+    """Warp instructions of a grid kernel for the image `s`, one warp a program, by pipe."""
+    window, cy, cx = 2 * s.R + 1, -(-s.H // s.h), -(-s.W // s.w)
+    programs, trips = s.b * s.h * -(-s.w // constants["CELLS"]), [window * window, s.K]
     pixels = constants.get("PY", 1) * constants.get("PX", 1)
-    pixels *= max(1, constants["CELLS"] // (32 * num_warps))
+    if name == "splat_backward":
+        programs, trips = programs * s.K, [window * s.H / s.h, window * cx]
+    else:
+        programs *= -(-cy // constants["PY"]) * -(-cx // constants["PX"])
     total = Counter()
 
-    def run(loop, left, times):
+    def run(loop: Loop, left: Sequence[float], times: float) -> None:
         # A loop of one step, or two made into one, is gone from the code.
         n = left[0] if loop.inner else math.prod(left)
         if not loop.inner:
             n /= max(1, loop.mix["MUFU.EX2"] / pixels)  # unrolled
-        add(loop.mix, times * n, inside)
+        for op, m in loop.mix.items():
+            total[op] += m * n * times  # pyright: ignore[reportArgumentType]
         for inner in loop.inner:
             run(inner, left[1:], times * n)
 
-    def add(mix, times, lines):
-        for op, m in mix.items():
-            total["issue"] += m * times
-            for pipe, ops in PIPES.items():
-                if op.split(".")[0] in ops:
-                    total[pipe] += m * times * (lines if op in ("LDG", "STG") else 1)
-
-    add(code.mix, 1, outside)
+    run(Loop(code.mix, []), [1], 1)
     for loop in code.inner:
-        run(loop, trips, 1)
-    warps = programs * num_warps
-    return {
-        "warps": warps,
-        "steps": math.prod(trips),
-        **{pipe: total[pipe] * warps for pipe in ("issue", *PIPES)},
-    }
-
-
-def windows_model(chip: Chip, name: str, constants: dict, num_warps: int, code: Loop) -> dict:
-    """Seconds that each limit of `chip` asks of a product of `official` for the x4 image."""
-    side, (h, w) = WINDOWS["WINDOW"], (-(-n // SCALE // WINDOWS["WINDOW"]) for n in IMAGE)
-    pixels, columns = (side * SCALE) ** 2, 8 * h * w
-    blocks_p, blocks_m = -(-pixels // constants["PIXELS"]), -(-columns // constants["COLUMNS"])
-    # A block of columns, or of pixels, that a program goes through in its loop.
-    each = -(-blocks_m // 32)
-    programs, trips, products = {
-        "windows_forward": (blocks_p * blocks_m, 1, 1),
-        "windows_backward_features": (blocks_m, blocks_p, 2),
-        "windows_backward_weights": (blocks_p * -(-blocks_m // each), each, 2),
-    }[name]
-    assert not any(loop.inner for loop in code.inner)
-    mix = Counter(code.mix)
-    for loop in code.inner:
-        mix.update({op: n * trips for op, n in loop.mix.items()})
-    warps, on = programs * num_warps, chip.sms * chip.clock
-    block = constants["PIXELS"] * constants["COLUMNS"] * constants["NP"]
-    features, out = 8 * h * w * side**2, pixels * columns
-    moved = 4 * (out + features * (1 + (name == "windows_backward_features")))
-    return {
-        "memory": moved / chip.bandwidth,
-        # A multiply-add is two operations, a float32 product three of tf32. Warps may repeat one
-        # another's: then there are more instructions of 16 x 8 x 8 than the formula needs.
-        "tensor": max(6 * products * block * programs * trips, 2048 * mix["HMMA"] * warps)
-        / chip.tf32,
-        # At least: a load or store for one line of 128 bytes.
-        "load": sum(mix[op] for op in PIPES["load"]) * warps / on / LOAD,
-        "issue": mix.total() * warps / on / ISSUE,
-    }
+        run(loop, trips if _hot(loop) else [5], 1)  # the rows that a bicubic filter takes
+    mufu = sum(n for op, n in total.items() if op.startswith("MUFU"))
+    found = {
+        "issue": total.total(), "mufu": mufu, "arithmetic": sum(total[op] for op in ARITHMETIC)
+    }  # fmt: skip
+    return {pipe: n * programs for pipe, n in found.items()}
 
 
 def decoder_counts(constants: dict, num_warps: int, code: Loop) -> dict[str, float]:
@@ -535,25 +515,16 @@ def decoder_counts(constants: dict, num_warps: int, code: Loop) -> dict[str, flo
     return {"instructions": total.total() * per_pixel, "MMA": mma * per_pixel}
 
 
-def model(chip: Chip, counted: dict, moved: int, resident: int) -> dict[str, float]:
+def model(chip: Chip, counted: dict[str, float], moved: int) -> dict[str, float]:
     """Seconds that each limit of `chip` asks for; the kernel takes the longest of them, or more.
 
     Args:
         counted: from `count`.
         moved: bytes to and from memory.
-        resident: warps a multiprocessor, from `occupancy`.
     """
-    whole = chip.sms * chip.clock
-    # A warp that is alone waits for its loads once a step; others fill that time if there are any.
-    alone = counted["issue"] / counted["warps"] + counted["steps"] * LATENCY
-    return {
-        "memory": moved / chip.bandwidth,
-        "arithmetic": counted["arithmetic"] / whole / chip.fp32,
-        "mufu": counted["mufu"] / whole / MUFU,
-        "load": counted["load"] / whole / LOAD,
-        "issue": counted["issue"] / whole / ISSUE,
-        "latency": counted["warps"] * alone / resident / whole,
-    }
+    rates = {"arithmetic": chip.fp32, "mufu": MUFU, "issue": ISSUE}
+    times = {n: counted[n] / rate / chip.sms / chip.clock for n, rate in rates.items()}
+    return {"memory": moved / chip.bandwidth, **times}
 
 
 # ---- report -------------------------------------------------------------------------------------
@@ -569,7 +540,7 @@ def _hot(loop: Loop) -> Counter:
 
 def _summary(mix: Counter) -> dict[str, int]:
     """Instructions of a loop by what they do."""
-    fp32 = sum(mix[op] for op in PIPES["arithmetic"] if op != "IMAD")
+    fp32 = sum(mix[op] for op in ARITHMETIC if op != "IMAD")
     mufu = sum(n for op, n in mix.items() if op.startswith("MUFU"))
     # HMMA of a warp, HGMMA of four (sm_90), UTCHMMA of a block (sm_100).
     mma = sum(n for op, n in mix.items() if "MMA" in op)
@@ -587,21 +558,25 @@ def _names(kernel: str, constants: dict) -> tuple[str, dict]:
     if family == "decode":
         kind = f"decoder {kind} {constants['TYPE']}" + " skip" * constants.get("SKIP", False)
         return kind, {n: constants[n] for n in DECODER if n in constants}
+    if family == "packed":
+        use = next(u for u in USES if u.C == 3 and u.K == constants["K"])
+        kind += " levels" if constants.get("LEVELS") else ""
+        return f"{use.name} packed {kind}", {"K": use.K, "C": 3, "R": use.R}
     use = next(u for u in USES if (u.K, u.C, u.R) == tuple(constants[x] for x in "KCR"))
     points = "points " if family == "points" else ""
     return f"{use.name} {points}{kind}", {"K": use.K, "C": use.C, "R": use.R}
 
 
 BLOCKS = (
-    "PY", "PX", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "UNITS", "WAVES", "DEPTH", "STAGES",
+    "PY", "PX", "SPLIT", "CELLS", "BLOCK", "PIXELS", "COLUMNS", "UNITS", "WAVES", "DEPTH", "STAGES",
     "maxnreg",
 )  # fmt: skip
 
 
-def compiled_rows(arch: str) -> list[dict]:
+def compiled_rows(arch: str, uses: Sequence[Use], scales: Sequence[float]) -> list[dict]:
     """A row for every shipped configuration of one architecture."""
     rows = []
-    for kernel, constants, warps in shipped(arch):
+    for kernel, constants, warps in shipped(arch, uses, scales):
         case, sizes = _names(kernel, constants)
         compiled = compile_kernel(kernel, constants, arch, warps)
         usage = resources(compiled)
@@ -628,49 +603,36 @@ IMAGE = (1356, 2040)
 SCALE = 4
 
 
-def model_rows() -> list[dict]:
+KINDS = ("packed splat", "forward", "prepare", "backward")
+
+
+def model_rows(uses: Sequence[Use]) -> list[dict]:
     """A row for each kernel of the grid, use and chip: the model's seconds for the x4 image."""
     rows = []
-    for chip in CHIPS:
-        for use in USES:
-            s = Shape(
-                use.K, use.C, use.R, IMAGE[0] // SCALE, IMAGE[1] // SCALE, *IMAGE,
-                offset=use.offset,
-            )  # fmt: skip
-            for kind in ("forward", "prepare", "backward"):
-                config = configs.choose_splat(kind, chip.arch, (SCALE, SCALE), channels=use.C)
-                rows.append(model_row(chip, use, s, kind, config))
-        for kernel, constants, warps in shipped(chip.arch):
-            if kernel.startswith("windows") and "PIXELS" in constants:
-                rows.append(windows_row(chip, kernel, constants, warps))
+    for chip, use, kind in product(CHIPS, uses, KINDS):
+        if use.C == 3 or kind != "packed splat":
+            lr = IMAGE[0] // SCALE, IMAGE[1] // SCALE
+            s = Shape(use.K, use.C, use.R, *lr, *IMAGE, offset=use.offset)
+            r = {"provider": chip.arch, "sizes": {"C": use.C}}
+            rows.append(model_row(chip, use, s, kind, _at_scale(kind, r)))
     return rows
-
-
-def windows_row(chip: Chip, kernel: str, constants: dict, warps: int) -> dict:
-    """The model's row for one product of `official`."""
-    compiled = compile_kernel(kernel, constants, chip.arch, warps)
-    usage = resources(compiled)
-    case, sizes = _names(kernel, constants)
-    return schema.row(
-        case, f"model {chip.name}", {**sizes, "HR": list(IMAGE)},
-        config={n: constants[n] for n in BLOCKS if n in constants} | {"num_warps": warps},
-        resources=usage, occupancy=occupancy(usage, warps, chip.arch),
-        model=windows_model(chip, kernel, constants, warps, disassemble(compiled)),
-    )  # fmt: skip
 
 
 def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
     """The model's row for one grid kernel in one configuration."""
-    kernel = "splat_backward" if kind == "backward" else "splat_forward"
-    constants = {n: v for n, v in config.items() if n != "num_warps"}
-    if kernel == "splat_forward":
-        constants["PREPARE"] = kind == "prepare"
-    constants = {**use.constants(), **constants}
-    compiled = compile_kernel(kernel, constants, chip.arch, config["num_warps"])
+    kernel = {"packed splat": "packed_splat", "backward": "splat_backward"}.get(
+        kind, "splat_forward"
+    )
+    constants = {**use.constants(), **config}
+    warps = constants.pop("num_warps")
+    constants |= {"LEVELS": False} if kernel == "packed_splat" else {}
+    constants |= {"PREPARE": kind == "prepare"} if kernel == "splat_forward" else {}
+    names = {*kernel_of(kernel).arg_names, "maxnreg"}
+    constants = {n: v for n, v in constants.items() if n in names}
+    compiled = compile_kernel(kernel, constants, chip.arch, warps)
     usage = resources(compiled)
-    resident = occupancy(usage, config["num_warps"], chip.arch)
-    counted = count(kernel, constants, config["num_warps"], disassemble(compiled), s)
     moved, operations = {
+        "packed splat": (cost.forward_bytes(s), cost.forward_operations(s)),
         "forward": (cost.forward_bytes(s), cost.forward_operations(s)),
         # The incoming gradient in, g' and s out instead of the image.
         "prepare": (cost.forward_bytes(s) + 4 * s.pixels * (s.C + 1), cost.forward_operations(s)),
@@ -679,11 +641,12 @@ def model_row(chip: Chip, use: Use, s: Shape, kind: str, config: dict) -> dict:
             cost.backward_operations(s) - cost.forward_operations(s),
         ),
     }[kind]
+    counted = count(kernel, constants, disassemble(compiled), s)
     return schema.row(
         f"{use.name} {kind}", f"model {chip.name}",
         {"K": use.K, "C": use.C, "R": use.R, "LR": [s.h, s.w], "HR": [s.H, s.W]},
-        bytes=moved, operations=operations, config=config, resources=usage, occupancy=resident,
-        model=model(chip, counted, moved, resident),
+        bytes=moved, operations=operations, config=config, resources=usage,
+        occupancy=occupancy(usage, warps, chip.arch), model=model(chip, counted, moved),
     )  # fmt: skip
 
 
@@ -736,7 +699,8 @@ def block_text(config: dict) -> str:
 def summary(rows: list[dict]) -> str:
     """Tables of what the models use at x4: all targets in a row, and the model."""
     kinds = ("forward", "prepare", "backward")
-    order = [
+    order = [f"{u} packed {k}" for u in ("lite", "direct") for k in ("splat", "gaussians")]
+    order += [
         f"{u} {p}{k}" for u in ("lite", "direct", "field") for p in ("", "points ") for k in kinds
     ]
     products = ("forward", "backward features", "backward weights")
@@ -774,8 +738,10 @@ def _at_scale(kind: str, r: dict) -> dict:
     arch = next((c.arch for c in CHIPS if r["provider"] == f"model {c.name}"), r["provider"])
     if "K" not in r["sizes"]:
         return r["config"]  # the same at any scale
-    if kind.startswith("points"):
-        kind = "backward" if kind.endswith("backward") else "forward"
+    if kind == "packed splat":
+        return configs.choose_packed(arch, (SCALE, SCALE), cells=(10_000, 10_000))
+    if kind.startswith(("points", "packed")):
+        kind = "forward" if kind.endswith(("forward", "prepare")) else "backward"
         return configs.choose_points(kind, arch)
     return configs.choose_splat(kind, arch, (SCALE, SCALE), channels=r["sizes"]["C"])
 
@@ -801,8 +767,11 @@ def triton_environment(version: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(home), str(ROOT)])}
 
 
-def triton_rows(version: str, arches: list[str]) -> list[dict]:
-    """`compiled_rows` of a process of its own with this version of Triton."""
+def triton_rows(version: str, arches: list[str], options: Sequence[str] = ()) -> list[dict]:
+    """`compiled_rows` of a process of its own with this version of Triton.
+
+    `options` are further ones of its command line.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report, linker = Path(folder) / "static.json", Path(folder) / "ld.lld"
         # Up to 3.4 Triton calls ROCm's linker when the machine code is there. Nothing will run it,
@@ -812,7 +781,7 @@ def triton_rows(version: str, arches: list[str]) -> list[dict]:
         environment = {"TRITON_HIP_LLD_PATH": str(linker), **triton_environment(version)}
         command = [sys.executable, "-m", "bench", "static", "--no-model", "--output", str(report)]
         subprocess.run(
-            [*command, "--arch", *arches], cwd=ROOT, env=environment, check=True,
+            [*command, "--arch", *arches, *options], cwd=ROOT, env=environment, check=True,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         found = schema.load(report)
@@ -839,7 +808,7 @@ def spills(case: str, usage: dict) -> bool:
 
 def version_table(rows: dict[str, list[dict]]) -> list[str]:
     """Lines of a Markdown table from rows by version: spills, and what `lite` takes at x4."""
-    kinds = ("forward", "prepare", "backward")
+    kinds = KINDS
     lines = [
         "| triton | target | configurations | spill | "
         + " | ".join(f"{kind}: loop, registers" for kind in kinds)
@@ -863,7 +832,9 @@ def version_table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def compare_versions(versions: list[str], arches: list[str], page: Path | None) -> None:
+def compare_versions(
+    versions: list[str], arches: list[str], options: list[str], page: Path | None
+) -> None:
     """Print, and with `page` write there, what each version makes of what is shipped.
 
     Raises:
@@ -871,7 +842,7 @@ def compare_versions(versions: list[str], arches: list[str], page: Path | None) 
     """
     for version in versions:
         triton_environment(version)  # before minutes are spent
-    rows = {version: triton_rows(version, arches) for version in versions}
+    rows = {version: triton_rows(version, arches, options) for version in versions}
     table = version_table(rows)
     print(*table, sep="\n")
     if page:
@@ -886,6 +857,12 @@ def compare_versions(versions: list[str], arches: list[str], page: Path | None) 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench static", description=NOTE)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    names = [use.name for use in USES]
+    parser.add_argument("--use", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument(
+        "--scale", nargs="+", type=float, default=SCALES, metavar="S",
+        help="only what these scales are given (default: any scale)",
+    )  # fmt: skip
     parser.add_argument("--no-model", action="store_true", help="only what the compiler says")
     parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
     parser.add_argument(
@@ -901,9 +878,11 @@ def main(argv=None) -> None:
     if args.document:  # before minutes are spent
         document.read(args.document, "tritons" if args.triton else "static")
     if args.triton:
-        return compare_versions(args.triton, args.arch, args.document)
-    rows = [r for arch in args.arch for r in compiled_rows(arch)]
-    rows += [] if args.no_model else model_rows()
+        options = ["--use", *args.use, "--scale", *map(str, args.scale)]
+        return compare_versions(args.triton, args.arch, options, args.document)
+    uses = [use for use in USES if use.name in args.use]
+    rows = [r for arch in args.arch for r in compiled_rows(arch, uses, args.scale)]
+    rows += [] if args.no_model else model_rows(uses)
     print(NOTE, "", *compiled_table([r for r in rows if "model" not in r]), sep="\n")
     for r in rows:
         if pixel := r.get("loop", {}).get("pixel"):
@@ -914,7 +893,7 @@ def main(argv=None) -> None:
     if args.output:
         import torch
 
-        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE, "latency": LATENCY}
+        protocol = {"note": NOTE, "image": list(IMAGE), "scale": SCALE}
         schema.save(schema.report("static", torch.device("cpu"), protocol, rows), args.output)
     if args.document:
         document.put(args.document, "static", summary(rows))

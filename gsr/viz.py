@@ -28,7 +28,7 @@ from gsr.io.image import read_image, to_tensor, write_atomic, write_image
 from gsr.io.paths import as_json, check_path, check_takes_files, make_folder
 from gsr.models.checkpoint import load
 from gsr.models.heads.bank import BankHead, assign
-from gsr.models.heads.direct import DirectHead
+from gsr.models.heads.direct import DirectHead, DirectPacked
 from gsr.models.heads.official import OfficialHead, whole_windows, window_side
 from gsr.models.sizes import check_scale
 from gsr.models.stream import Band
@@ -162,7 +162,8 @@ def _fields(head: DirectHead | BankHead, features: Tensor, lr: Tensor) -> Tensor
     or which of the bank.
     """
     if isinstance(head, DirectHead):
-        made = e = head.encode(features, lr)
+        e = head.encode(features, lr)
+        made = e = e.unpack() if isinstance(e, DirectPacked) else e
         label = torch.arange(head.gaussians, device=lr.device)[:, None, None].expand_as(e.rho)
         sigma, offset, rho, opacity = e.sigma, e.offset, e.rho, e.opacity
     else:

@@ -59,6 +59,44 @@ def fits(py: int, px: int, channels: int) -> bool:
     return py * px * (min(channels, 8) + 1) <= SUMS
 
 
+# Instructions of a packed splat for a Gaussian: once, for a row, a column and a pixel of a block.
+ONCE, ROW, COLUMN, PIXEL = 17, 3, 2, 7
+# Programs, a warp each, that make an H100 busy: eight for each of its 132 multiprocessors.
+BUSY = 8 * 132
+
+
+def choose_packed_block(
+    scale: tuple[float, float], cells: tuple[int, int], lanes: int
+) -> tuple[int, int]:
+    """PY x PX pixels of a cell for a thread of the packed splat; as `choose_block`.
+
+    A block that has one row less runs as fast as such a block. Where `cells`, (rows, columns) of
+    them, are few, blocks are small, so that there are enough programs.
+    """
+    low, part = math.floor(scale[0]), scale[0] % 1
+    high, width = math.ceil(scale[0]), math.ceil(scale[1])
+    lines = cells[0] * math.ceil(cells[1] / lanes)
+
+    def block_cost(py: int, px: int) -> int:
+        return ONCE + ROW * py + COLUMN * px + PIXEL * py * px if py else 0
+
+    def cost(block: tuple[int, int]) -> tuple[int, float, int]:
+        py, px = block
+
+        def column(rows: int) -> int:
+            whole, rest = divmod(rows, py)
+            ends = block_cost(rest if rest == py - 1 else py, px) if rest else 0
+            return whole * block_cost(py, px) + ends
+
+        across = math.ceil(width / px)
+        programs = lines * across * math.ceil(high / py)
+        whole = across * ((1 - part) * column(low) + part * column(high))
+        return max(BUSY - programs, 0), whole, px
+
+    tall, broad = (range(1, min(max(n, 1), SIDE) + 1) for n in (high, width))
+    return min(product(tall, broad), key=cost)
+
+
 # Pixels of a window and columns (windows of a channel of an image) of a program of the products.
 # Larger blocks of the backward kernels, which hold two operands and a sum, spill.
 WINDOWS = {
@@ -75,32 +113,49 @@ WINDOWS_OLD = {
 CELLS = {"default": 32, "gfx942": 64}
 
 
-def choose_splat(kind: str, arch: str, scale: tuple[float, float], *, channels: int) -> Config:
+def choose_splat(
+    kind: str, arch: str, scale: tuple[float, float], *, channels: int, wide: bool = False
+) -> Config:
     """The shipped configuration of a grid kernel.
 
     Args:
         kind: "forward", "prepare" (the first pass of backward) or "backward".
         arch: "sm_90", "gfx942", ...; unknown ones get the default.
         scale: HR pixels per LR pixel along each axis, (y, x).
+        wide: whether positions take 64 bits.
     """
     config = {"CELLS": CELLS.get(arch, CELLS["default"]), "num_warps": 1}
     if kind == "backward":
         return config  # one pixel of a thread's at a time
     py, px = choose_block(scale, channels)
     if arch.startswith("sm_"):
-        config["maxnreg"] = _registers(kind, py * px, min(channels, 8))
+        config["maxnreg"] = _registers(kind, py * px, min(channels, 8), wide)
     return {"PY": py, "PX": px, **config}
 
 
-def _registers(kind: str, pixels: int, channels: int) -> int:
+def _registers(kind: str, pixels: int, channels: int, wide: bool) -> int:
     """Most registers of a thread of forward: what lets 16, 12 or 8 warps share a multiprocessor.
 
     Left alone, the compiler aims at fewer than it needs, and spills a number or two.
     """
     sums = pixels * (channels + 1)
-    if sums + 8 * channels + 24 * (kind == "prepare") <= 88:
+    if sums + 8 * channels + 24 * (kind == "prepare") + 24 * wide <= 88:
         return 128
-    return 168 if sums <= 90 else 255
+    return 168 if sums + 16 * wide <= 90 else 255
+
+
+def choose_packed(arch: str, scale: tuple[float, float], cells: tuple[int, int]) -> Config:
+    """The shipped configuration of the packed splat.
+
+    Args:
+        scale: HR pixels per LR pixel, (y, x).
+        cells: (rows, columns) of LR pixels that are splatted onto, of all images.
+    """
+    config: Config = {"CELLS": CELLS.get(arch, CELLS["default"]), "num_warps": 1}
+    py, px = choose_packed_block(scale, cells, config["CELLS"])
+    if arch.startswith("sm_"):
+        config["maxnreg"] = 128 if py * px <= 16 else 255
+    return {"PY": py, "PX": px, "SPLIT": py > 1 and scale[0] % 1 > 0, **config}
 
 
 def choose_points(kind: str, arch: str) -> Config:
@@ -130,12 +185,29 @@ def triton_version() -> tuple[int, ...]:
 
 
 def splat_config(
-    kind: str, device: torch.device, scale: tuple[float, float], *, channels: int
+    kind: str,
+    device: torch.device,
+    scale: tuple[float, float],
+    *,
+    channels: int,
+    wide: bool = False,
 ) -> Config:
     """Keyword arguments of the launch of `splat_forward` or `splat_backward`."""
     arch = architecture(device)
     found = tuned_configs().get(splat_key(kind, arch, scale, channels=channels))
-    return dict(found or choose_splat(kind, arch, scale, channels=channels))
+    return dict(found or choose_splat(kind, arch, scale, channels=channels, wide=wide))
+
+
+def packed_config(
+    device: torch.device, scale: tuple[float, float], *, cells: tuple[int, int]
+) -> Config:
+    """Keyword arguments of the launch of `packed_splat`."""
+    return choose_packed(architecture(device), scale, cells)
+
+
+def pack_config(device: torch.device) -> Config:
+    """Keyword arguments of the launch of `packed_gaussians`."""
+    return choose_points("backward", architecture(device))
 
 
 def points_config(kind: str, device: torch.device) -> Config:

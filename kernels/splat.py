@@ -532,7 +532,7 @@ def _forward(
         device=values.device, dtype=torch.float32 if prepare else values.dtype,
     )  # fmt: skip
     kind, wide = "prepare" if prepare else "forward", _wide(h, w, big_h, big_w)
-    config = splat_config(kind, values.device, (big_h / h, big_w / w), channels=c)
+    config = splat_config(kind, values.device, (big_h / h, big_w / w), channels=c, wide=wide)
     blocks_y = triton.cdiv(triton.cdiv(big_h, h), config["PY"])
     blocks_x = triton.cdiv(triton.cdiv(big_w, w), config["PX"])
     across = triton.cdiv(w, config["CELLS"]) * blocks_y * blocks_x
@@ -556,12 +556,13 @@ def _backward(grad: Tensor, gaussians: Gaussians, grid: Grid, weighting: Weighti
     b, k, c, held, w = values.shape
     (big_h, big_w), (start, stop), (top, h) = grid
     gradients = gaussians.map(_empty_gradient)
-    config = splat_config("backward", values.device, (big_h / h, big_w / w), channels=c)
+    wide = _wide(h, w, big_h, big_w)
+    config = splat_config("backward", values.device, (big_h / h, big_w / w), channels=c, wide=wide)
     launch(
         splat_backward, (triton.cdiv(w, config["CELLS"]) * held * b * k,),
         grad, *_pointers(gaussians), *_pointers(gradients), *_strides(values),
         h, w, big_h, big_w, top, held, start, stop - start,
-        WIDE=_wide(h, w, big_h, big_w), **_constants(gaussians, weighting), **config,
+        WIDE=wide, **_constants(gaussians, weighting), **config,
     )  # fmt: skip
     return gradients
 

@@ -63,6 +63,22 @@ def join_channels(parts: list[Gaussians]) -> Gaussians:
     )  # fmt: skip
 
 
+class Packed(NamedTuple):
+    """K Gaussians of three colours at every LR pixel, as the kernels of `direct` read them.
+
+    A complex128 stands for four float32, which a GPU loads at once. So all are [B, K, h, w].
+
+    Attributes:
+        conic: a, b, c and log2(opacity) of weight 2^(a dy^2 + b dy dx + c dx^2 + log2(opacity)).
+        centre: offset y and x, LR pixels; red, green.
+        blue: float32.
+    """
+
+    conic: Tensor
+    centre: Tensor
+    blue: Tensor
+
+
 class Weighting(NamedTuple):
     """How Gaussians are weighed.
 

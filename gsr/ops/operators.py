@@ -69,24 +69,34 @@ def splat(
     """
     _check(Gaussians(values, sigma, rho, opacity, offset), radius)
     _check_weighting(normalize, eps)
-    rows = (0, size[0]) if rows is None else rows
-    if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
-        raise ValueError(f"rows {tuple(rows)} are not rows of an image of size {tuple(size)}")
-    h = values.shape[-2]
-    if band is None:  # nothing that an export would have to guard: a whole image has all rows
-        band = 0, h
-    else:
-        top, height = band
-        start, stop = rows_needed(rows, height, size[0], radius)
-        if not (0 <= top <= start and stop <= top + h <= height):
-            raise ValueError(
-                f"HR rows {tuple(rows)} need LR rows {start} to {stop - 1} of {height}, but the "
-                f"tensors hold rows {top} to {top + h - 1}"
-            )
+    rows, band = check_rows(values.shape[-2], size, rows, band, radius)
     return _call(
         _splat, _run_splat, values, sigma, rho, opacity, offset, size, rows, radius, normalize, eps,
         band,
     )  # fmt: skip
+
+
+def check_rows(
+    held: int,
+    size: tuple[int, int],
+    rows: tuple[int, int] | None,
+    band: tuple[int, int] | None,
+    radius: int,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`rows` and `band` of a splat with their defaults, for tensors of `held` rows."""
+    rows = (0, size[0]) if rows is None else rows
+    if not (0 <= rows[0] < rows[1] <= size[0]) or size[1] < 1:
+        raise ValueError(f"rows {tuple(rows)} are not rows of an image of size {tuple(size)}")
+    if band is None:  # nothing that an export would have to guard: a whole image has all rows
+        return rows, (0, held)
+    top, height = band
+    start, stop = rows_needed(rows, height, size[0], radius)
+    if not (0 <= top <= start and stop <= top + held <= height):
+        raise ValueError(
+            f"HR rows {tuple(rows)} need LR rows {start} to {stop - 1} of {height}, but the "
+            f"tensors hold rows {top} to {top + held - 1}"
+        )
+    return rows, band
 
 
 def rows_needed(rows: tuple[int, int], h: int, h_hr: int, radius: int) -> tuple[int, int]:
@@ -209,13 +219,11 @@ class Backend(Protocol):
     ) -> Gaussians: ...
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 def _runs_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and HAS_TRITON
 
 
 def _kernels(name: str) -> Any:
@@ -231,7 +239,7 @@ def _backend(values: Tensor) -> Backend:
     return cpu
 
 
-def _call(op: Callable[..., Tensor], run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _call(op: Callable[..., Any], run: Callable[..., Any], *arguments: Any) -> Any:
     """op(...), or run(...), the same without PyTorch's registry.
 
     The first call of any operator written in Python imports torch._dynamo, 1.5 s and 150 MB that

@@ -12,7 +12,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from gsr.ops.arguments import Gaussians, Grid, Weighting
+from gsr.ops.arguments import Gaussians, Grid, Packed, Weighting
+from gsr.ops.resize import bicubic
 
 
 def grid_points(
@@ -91,6 +92,78 @@ def splat(gaussians: Gaussians, grid: Grid, weighting: Weighting) -> Tensor:
     points = points.expand(values.shape[0], -1, -1)
     out = splat_at(gaussians, points, weighting, band=band)
     return rearrange(out, "b (y x) c -> b c y x", x=size[1])
+
+
+def direct_gaussians(
+    raw: Tensor, gaussians: int, sigma: tuple[float, float], reach: float
+) -> Gaussians:
+    """What the last convolution of a `direct` head gives, [B, 9 K, h, w], as K Gaussians.
+
+    Channels of each: colour (3), sigma (2), offset (2), rho, opacity. Sigma lies between the two
+    bounds, offsets within `reach`, |rho| below 0.95, opacity in (0, 1).
+    """
+    parts = raw.reshape(raw.shape[0], gaussians, 9, *raw.shape[2:])
+    colour, width, offset, rho, opacity = torch.split(parts, [3, 2, 2, 1, 1], dim=2)
+    low, high = sigma
+    return Gaussians(
+        values=colour,
+        sigma=low + (high - low) * torch.sigmoid(width),
+        rho=0.95 * torch.tanh(rho[:, :, 0]),
+        opacity=torch.sigmoid(opacity[:, :, 0]),
+        offset=reach * torch.tanh(offset),
+    )
+
+
+HALF_LOG2_E = 0.5 / math.log(2)  # exp(-q / 2) = 2^(-HALF_LOG2_E q)
+
+
+def pack(gaussians: Gaussians) -> Packed:
+    """Gaussians of three values, with offsets, float32, as `Packed` describes them."""
+    values, sigma, rho, opacity, offset = gaussians
+    (sy, sx), (red, green, blue) = sigma.unbind(2), values.unbind(2)
+    oy, ox = (torch.zeros_like(sigma) if offset is None else offset).unbind(2)
+    k = -HALF_LOG2_E / (1 - rho**2)
+    conic = [k / sy**2, -2 * k * rho / (sy * sx), k / sx**2, opacity.log2()]
+    conic, centre = (
+        torch.stack(four, dim=-1).view(torch.complex128)[..., 0]
+        for four in (conic, [oy, ox, red, green])
+    )
+    return Packed(conic, centre, blue.contiguous())
+
+
+def unpack(packed: Packed) -> Gaussians:
+    """What `pack` was given, but for rounding."""
+    shape = *packed.blue.shape, 4
+    conic = packed.conic.contiguous().view(torch.float32).view(shape)
+    centre = packed.centre.contiguous().view(torch.float32).view(shape)
+    a, b, c, opacity = conic.unbind(-1)
+    oy, ox, red, green = centre.unbind(-1)
+    rho = 0.5 * b / (a * c).sqrt()  # a and c are negative
+    k = -HALF_LOG2_E / (1 - rho**2)
+    return Gaussians(
+        values=torch.stack([red, green, packed.blue], dim=2),
+        sigma=torch.stack([(k / a).sqrt(), (k / c).sqrt()], dim=2),
+        rho=rho,
+        opacity=opacity.exp2(),
+        offset=torch.stack([oy, ox], dim=2),
+    )
+
+
+def splat_packed(
+    packed: Packed, lr: Tensor, grid: Grid, weighting: Weighting, levels: bool = False
+) -> Tensor:
+    """The image of a `direct` head: `lr` upsampled plus `splat`, [B, 3, stop - start, W].
+
+    With `levels` what `to_levels` makes of it.
+    """
+    image = bicubic(lr, grid.size, grid.rows, grid.band) + splat(unpack(packed), grid, weighting)
+    return to_levels(image) if levels else image
+
+
+def to_levels(image: Tensor) -> Tensor:
+    """[B, 3, H, W], clamped to [0, 1], as uint8 [B, H, W, 3]: of 255, halves to even."""
+    image = image.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return rearrange(image, "b c h w -> b h w c").contiguous()
 
 
 def window_placement(k: int, window: int, taps: int, like: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_operations_of_one_weight():
 
 def test_static_report(static, tmp_path, monkeypatch, capsys):
     some = [x for x in static.shipped("sm_90") if x[0] == "splat_backward"][:1]
-    monkeypatch.setattr(static, "shipped", lambda arch: some)
+    monkeypatch.setattr(static, "shipped", lambda *_: some)
     path, page = tmp_path / "static.json", tmp_path / "page.md"
     page.write_text("before\n<!-- static -->\nold\n<!-- /static -->\nafter\n")
     static.main(["--arch", "sm_90", "--no-model", "--output", str(path), "--document", str(page)])
@@ -111,12 +111,15 @@ def test_model_counts_every_weight(static):
     )  # fmt: skip
     code = static.disassemble(compiled)
     assert static._hot(code)["MUFU.EX2"] == 4  # one for each of 2 x 2 pixels
-    counted = static.count("splat_forward", {**config}, 1, code, s)
+    counted = static.count("splat_forward", config, code, s)
     # An exponential a weight, and besides only the reciprocals of 1 - rho^2, sigma and the weight.
     assert s.weights <= 32 * counted["mufu"] < 2.5 * s.weights
     row = static.model_row(chip, use, s, "forward", config)
     assert 0 < row["model"]["memory"] < row["model"]["issue"]
     assert 4 <= row["occupancy"] <= 64
+    packed = static.configs.choose_packed(chip.arch, (2, 2), cells=(8, 64))
+    row = static.model_row(chip, use, s, "packed splat", packed)
+    assert 0 < row["model"]["mufu"] < row["model"]["issue"]
 
 
 def test_occupancy(static):

@@ -17,10 +17,12 @@ from bench import static  # noqa: E402
 # keeps its operands there, on sm_100 with a few bytes of barriers besides; the decoder those of
 # three steps.
 SHARED = {
-    "splat": 16 << 10, "points": 16 << 10, "windows": (32 << 10) + 64, "decode": (96 << 10) + 64,
+    "packed": 0, "splat": 16 << 10, "points": 16 << 10, "windows": (32 << 10) + 64,
+    "decode": (96 << 10) + 64,
 }  # fmt: skip
 KERNELS = (
     "splat_forward", "splat_backward", "points_forward", "points_backward",
+    "packed_gaussians", "packed_splat",
     "windows_weights", "windows_forward", "windows_backward_features", "windows_backward_weights",
     "decode_features", "decode_colours",
 )  # fmt: skip
@@ -35,7 +37,10 @@ def largest_blocks(target):
     """One configuration of each kernel, use and pass."""
     found = {}
     for name, constants, warps in static.shipped(target):
-        use = name, *(constants.get(x) for x in ("K", "C", "R", "PREPARE", "WIDE", "TYPE"))
+        # K is but the end of a loop, on which the packed kernels' code hardly depends.
+        keys = ("C", "R", "PREPARE", "WIDE", "SPLIT", "TYPE")
+        keys += ("K",) * (not name.startswith("packed"))
+        use = name, *(constants.get(x) for x in keys)
         if use not in found or size_of_block(constants) > size_of_block(found[use][1]):
             found[use] = name, constants, warps
     return list(found.values())
@@ -95,10 +100,12 @@ def test_no_compilation_for_particular_numbers():
     """Of rows, sizes and strides, which change from strip to strip and from image to image."""
     for kernel in KERNELS:
         parameters = static.kernel_of(kernel).params
-        pointers = {*static.STORED, *static.POINTERS, *static.DECODED, *static.MATRICES}
+        pointers = {
+            *static.STORED, *static.POINTERS, *static.SCALARS, *static.DECODED, *static.MATRICES
+        }  # fmt: skip
         numbers = [p for p in parameters if not p.is_constexpr and p.name not in pointers]
         assert numbers
-        assert [p.name for p in numbers if not p.do_not_specialize and p.name != "eps"] == []
+        assert [p.name for p in numbers if not p.do_not_specialize] == []
 
 
 def test_all_kernels_are_shipped_to_every_target():
@@ -185,7 +192,9 @@ def test_arguments_that_are_1(kernel):
     """
     name, constants, warps = next(c for c in largest_blocks("sm_90") if c[0] == kernel)
     function = static.kernel_of(name)
-    others = {*static.STORED, *static.POINTERS, *static.DECODED, *static.MATRICES, "eps"}
+    others = {
+        *static.STORED, *static.POINTERS, *static.SCALARS, *static.DECODED, *static.MATRICES
+    }  # fmt: skip
     numbers = {
         p.name: 1
         for p in function.params
@@ -194,3 +203,36 @@ def test_arguments_that_are_1(kernel):
     static.compile_kernel(name, constants | numbers, "sm_90", warps)
     if "WIDE" in function.arg_names:
         static.compile_kernel(name, constants | numbers | {"WIDE": True}, "sm_90", warps)
+
+
+def test_fractional_scales_cost_what_their_weights_cost():
+    """At x4.1 at most 1.15 times the instructions a weight of x4 (sm_90, the bundled model)."""
+    from bench.cost import Shape
+
+    def instructions(py, px):
+        """Of one cell of py x px pixels, setting up and storing included."""
+        config = static.configs.choose_packed("sm_90", (py, px), cells=(10_000, 10_000))
+        config |= {"PY": py, "PX": px}
+        constants = {"K": 9, "R": 1, "NORMALIZE": True, "LEVELS": False, **config}
+        warps = constants.pop("num_warps")
+        code = static.disassemble(static.compile_kernel("packed_splat", constants, "sm_90", warps))
+        s = Shape(9, 3, 1, h=8, w=32, H=8 * py, W=32 * px)
+        return static.count("packed_splat", constants, code, s)["issue"] / 8 / 81
+
+    blocks = {s: static.configs.choose_packed_block((s, s), (10_000, 10_000), 32) for s in (4, 4.1)}
+    assert blocks == {4: (4, 4), 4.1: (5, 5)}
+    whole = instructions(4, 4) / 16
+    split = (0.9 * instructions(4, 5) + 0.1 * instructions(5, 5)) / 4.1**2
+    assert 7 < whole < 12 and split < 1.15 * whole
+
+
+def test_small_images_fill_a_gpu():
+    from gsr.kernels import configs
+
+    for side, scale in ((96, 4), (96, 2.5), (48, 4), (720, 4)):
+        py, px = configs.choose_packed_block((scale, scale), (side, side), 32)
+        n = -(-scale // 1)
+        programs = side * -(-side // 32) * -(-n // py) * -(-n // px)
+        assert programs >= configs.BUSY, (side, scale)
+    assert configs.choose_packed_block((4, 4), (720, 1280), 32) == (4, 4)
+    assert configs.choose_packed_block((4, 4), (4, 4), 32) == (1, 1)

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # under pytest the checkout is on the path already
 
 from gsr.ops import reference  # noqa: E402
 from gsr.ops.arguments import Gaussians, Grid, Weighting  # noqa: E402
+from gsr.ops.resize import bicubic  # noqa: E402
 
 B, K, C, R, EPS = 2, 2, 3, 1, 0.01
 SIDE, HR = 49_990, 74_985  # h w and H W are beyond 2^31
@@ -220,6 +221,62 @@ def run_windows(kernels=None) -> dict[str, float]:
     return {"windows_forward": error}
 
 
+def run_packed(kernels=None) -> dict[str, float]:
+    """Errors of the last programs of the packed kernels, in images of more than 2^31 numbers."""
+    kernels = kernels or importlib.import_module("gsr.kernels.packed")
+    g = torch.Generator().manual_seed(3)
+    raw = torch.randn(K, 9, ROWS, COLUMNS, generator=g)
+    lr = torch.rand(3, ROWS, COLUMNS, generator=g)
+    true = reference.direct_gaussians(raw.flatten(0, 1)[None].double(), K, (0.1, 0.4), 0.5)
+    grid = Grid((HR_ROWS, HR_COLUMNS), (0, HR_ROWS), (0, ROWS))
+    image = bicubic(lr[None].double(), *grid) + reference.splat(true, grid, Weighting(R, True, EPS))
+    corner = reference.pack(true.map(torch.Tensor.float))
+    corner = [t.view(torch.float32) for t in corner]
+    block, across = SIDE // CELLS, -(-SIDE // CELLS)
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def holes(name, *shape, dtype=torch.float32):
+            n = torch.Size(shape).numel()
+            return torch.from_file(f"{folder}/{name}", True, n, dtype=dtype).view(shape)
+
+        big_raw = holes("raw", B, K, 9, SIDE, SIDE)
+        big_raw[-1, ..., TOP:, LEFT:] = raw
+        names = {"conic": 4, "centre": 4, "blue": 1}
+        big = [holes(name, B, K, SIDE, n * SIDE) for name, n in names.items()]
+        with program(((B - 1) * SIDE + SIDE - 1) * across + block):
+            kernels.packed_gaussians[(1,)](
+                big_raw, *big, 9 * K * SIDE**2, SIDE**2, SIDE, 1, SIDE, SIDE, 0.1, 0.4, 0.5,
+                K=K, CELLS=CELLS,
+            )  # fmt: skip
+        for (name, n), ours, t in zip(names.items(), big, corner, strict=True):
+            difference = ours[-1, :, -1, -OWN * n :] - t[0, :, -1, -OWN * n :]
+            errors[f"packed_gaussians {name}"] = (difference.abs() / (1 + t.abs().max())).max()
+            ours[-1, :, TOP:, n * LEFT :] = t[0]
+        big_lr = holes("lr", B, 3, SIDE, SIDE)
+        big_lr[-1, :, TOP:, LEFT:] = lr
+        own_y, own_x = HR_ROWS - 2, HR_COLUMNS - OWN * 3 // 2
+        true_own = image[0, :, own_y:, own_x:]
+        for levels in (False, True):
+            out = holes("bytes", B, HR, HR, 3, dtype=torch.uint8) if levels else None
+            out = holes("out", B, 3, HR, HR) if out is None else out
+            with program((B - 1) * across + block):
+                kernels.packed_splat[(1,)](
+                    *big, big_lr, out, K * SIDE**2, SIDE**2, 3 * SIDE**2, SIDE**2, SIDE, SIDE,
+                    HR, HR, 0, 0, HR, SIDE - 1, 1, 1, 1, EPS, K=K, R=R, NORMALIZE=True,
+                    LEVELS=levels, WIDE=kernels._wide(SIDE, SIDE, HR, HR), PY=2, PX=2, SPLIT=True,
+                    CELLS=CELLS,
+                )  # fmt: skip
+            if levels:
+                found = out[-1, -2:, own_x - HR_COLUMNS :].permute(2, 0, 1)
+                error = (found.double() - true_own.clamp(0, 1) * 255).abs() - 0.501
+                errors["packed_splat levels"] = error.clamp(min=0).max()
+            else:
+                error = out[-1, :, -2:, own_x - HR_COLUMNS :] - true_own
+                errors["packed_splat"] = error.abs().max()
+    return {name: float(error) for name, error in errors.items()}
+
+
 def longest_row_of_32_bits(kernels) -> dict[str, float]:
     """Errors at the end of a row as long as positions of 32 bits are used for."""
     g = torch.Generator().manual_seed(1)
@@ -262,7 +319,7 @@ def longest_row_of_32_bits(kernels) -> dict[str, float]:
 
 
 def main() -> int:
-    errors = run() | run_windows()
+    errors = run() | run_windows() | run_packed()
     print(json.dumps(errors, indent=1))
     return not all(error <= TOLERANCE for error in errors.values())
 

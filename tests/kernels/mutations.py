@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import decode_cases  # noqa: E402
 import far_addresses  # noqa: E402
 import kernel_cases  # noqa: E402
+import packed_cases  # noqa: E402
 import torch  # noqa: E402
 import window_cases  # noqa: E402
 
@@ -38,6 +39,7 @@ QUICK = {
     "windows.py": ["odd and unequal", "more columns than a block", "bfloat16",
                    "more blocks than parts", FAR],
     "decode.py": ["one pixel", "skip", "band", "rows", "odd, more blocks than programs"],
+    "packed.py": ["x2", "rows within a cell", "band", "one pixel", FAR],
 }  # fmt: skip
 
 
@@ -146,6 +148,60 @@ FAULTS = [
           "place = (b * queries + q).to(tl.int32)\n", (FAR,)),
     Fault("at: gradient's offsets of 32 bits", "grad + q * planes + c",
           "grad + q.to(tl.int32) * planes + c", (FAR,)),
+    # ---- packed
+    *(
+        Fault(f"packed: {name}", old, new, tuple(cases), file="packed.py")
+        for name, old, new, *cases in [
+            ("sigma_y twice", "low + (high - low) * tl.sigmoid(n[4])",
+             "low + (high - low) * tl.sigmoid(n[3])"),
+            ("offset's planes swapped", "reach * _tanh(n[5]), reach * _tanh(n[6])",
+             "reach * _tanh(n[6]), reach * _tanh(n[5])"),
+            ("parameters of another Gaussian", "(9 * k + p) * step", "(K * p + k) * step"),
+            ("raw of image 0", "(b * raw_b + row", "(row"),
+            ("four numbers in another order", "tl.join(tl.join(one, three), tl.join(two, four))",
+             "tl.join(tl.join(one, two), tl.join(three, four))"),
+            ("sign of the opacity's logit", "tl.exp(-n[8])", "tl.exp(n[8])"),
+            ("last pixels not packed", "real = x < w\n", "real = x < w - 1\n"),
+            ("pixels behind the last packed", "real = x < w\n", "real = x >= 0\n"),
+            ("Gaussians off the image seen", "opacity += hidden", "pass"),
+            ("Gaussians right of the image seen", " & (jj <= last)\n", "\n"),
+            ("Gaussians below the image seen", " & (zeros + ii < h)", ""),
+            ("rows of a band counted from the image's top",
+             "h - 1) - top, tl.minimum", "h - 1), tl.minimum"),
+            ("LR rows of a band counted from the image's top", "h - 1) - top\n", "h - 1)\n"),
+            ("Gaussians of image 0", "at = b * image + ", "at = "),
+            ("LR of image 0", "lr + (b * lr_b + ", "lr + ("),
+            ("next Gaussian's blue", "            blue_at += plane\n", ""),
+            ("cross term missing", "(b2 * dy + c2 * dx)", "(c2 * dx)"),
+            ("opacity missing", "(a2 * dy * dy + opacity)", "(a2 * dy * dy)"),
+            ("eps dropped", "(total[p] + eps)", "total[p]", "nearly transparent"),
+            ("taps one late", "(fx[px] - (t - 2))", "(fx[px] - (t - 1))"),
+            ("cubic too wide", "t < 2.0", "t < 3.0"),
+            ("edge columns not repeated", "tl.minimum(tl.maximum(j + (t - 2), 0), last)",
+             "tl.maximum(j + (t - 2), 0)"),
+            ("edge rows not repeated", "tl.minimum(tl.maximum(i + di, 0), h - 1)",
+             "tl.maximum(i + di, 0)"),
+            ("last row of bicubic taps", "range(-2, 3)", "range(-2, 2)"),
+            ("a row less than there is", "y_start + PY > y_end", "y_start + PY >= y_end", "x2.5"),
+            ("not clamped", "tl.minimum(tl.maximum(value, 0.0), 1.0)", "value",
+             "not normalized"),
+            ("levels cut off", "+ 8388608.0", "+ 8388607.5"),
+            ("rows counted from the image's top", "(y_start - row0)", "y_start",
+             "rows across cells"),
+            ("rows before the first wanted stored", " & (y >= row0)", ""),
+            ("rows of the next cells stored", " & (y < y_stop)", "", "x3.7"),
+            ("pixels of the next cells stored", " & (x_start + px < x_stop)", "", "x3.7"),
+            ("cells right of the image stored", "(j <= last) & (y", "(y", "x1"),
+            ("cells left too early", "if (y_start >= y_stop) |", "if (y_start + 1 >= y_stop) |",
+             "x1"),
+            ("plane of 32 bits", "plane = plane.to(tl.int64)", "plane = plane.to(tl.int32)", FAR),
+            ("packed to 32 bits", "to = b * K * plane + row",
+             "to = (b * K * plane).to(tl.int32) + row", FAR),
+            ("image of 32 bits", "size = big_w.to(tl.int64) * rows",
+             "size = big_w.to(tl.int32) * rows", FAR),
+            ("LR channel of 32 bits", "c * lr_c.to(tl.int64)", "(c * lr_c).to(tl.int32)", FAR),
+        ]
+    ),
     # ---- windows
     *(
         Fault(f"windows: {name}", old, new, file="windows.py", times=times)
@@ -257,8 +313,8 @@ def hunt(path: Path, names: list[str], pipe) -> None:
             pipe.send(("running", name))
             try:
                 if name == FAR:
-                    windows = path.name == "windows.py"
-                    errors = (far_addresses.run_windows if windows else far_addresses.run)(kernels)
+                    run = {"windows.py": "run_windows", "packed.py": "run_packed"}
+                    errors = getattr(far_addresses, run.get(path.name, "run"))(kernels)
                     limit = far_addresses.TOLERANCE
                     wrong = [f"{k} {v:.2g}" for k, v in errors.items() if not v <= limit]
                 elif path.name == "windows.py":
@@ -266,6 +322,8 @@ def hunt(path: Path, names: list[str], pipe) -> None:
                 elif path.name == "decode.py":
                     case = decode_cases.CASES[name]
                     wrong = decode_cases.failures(decode_cases.run_case(case, kernels=kernels))
+                elif path.name == "packed.py":
+                    wrong = packed_cases.failures(packed_cases.run_case(name, kernels=kernels))
                 else:
                     case = by_name[name]
                     wrong = kernel_cases.failures(case, kernel_cases.run_case(case, "cpu", kernels))

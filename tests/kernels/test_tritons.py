@@ -73,7 +73,7 @@ def test_blocks_by_version(monkeypatch):
 
 
 def row(arch, kind, *, spills=0):
-    config = static.configs.choose_splat(kind, arch, (4, 4), channels=3)
+    config = static._at_scale(kind, {"provider": arch, "sizes": {"C": 3}})
     return schema.row(
         f"lite {kind}", arch, {"C": 3}, config=config, loop={"all": 53},
         resources={"registers": 49, "spills": spills, "stack": spills, "shared": 0},
@@ -87,10 +87,10 @@ def test_versions_are_compared(monkeypatch, tmp_path, capsys):
     spills = {"3.6.0": 8, "3.7.1": 0}
     monkeypatch.setattr(
         static, "triton_rows",
-        lambda version, arches: [
+        lambda version, arches, options: [
             row(arch, kind, spills=spills[version] if kind == "prepare" else 0)
             for arch in arches
-            for kind in ("forward", "prepare", "backward")
+            for kind in static.KINDS
         ],
     )  # fmt: skip
     page = tmp_path / "page.md"
@@ -98,8 +98,8 @@ def test_versions_are_compared(monkeypatch, tmp_path, capsys):
     with pytest.raises(InputError, match="1 configurations spill"):
         static.main(["--triton", "3.6.0", "3.7.1", "--arch", "sm_90", "--document", str(page)])
     text = capsys.readouterr().out
-    assert "| 3.6.0 | sm_90 | 3 | 1 | 53, 49 | 53, 49 | 53, 49 |" in page.read_text()
-    assert "| 3.7.1 | sm_90 | 3 | 0 |" in text and "3.6.0 sm_90 lite prepare" in text
+    assert "| 3.6.0 | sm_90 | 4 | 1 |" + " 53, 49 |" * 4 in page.read_text()
+    assert "| 3.7.1 | sm_90 | 4 | 0 |" in text and "3.6.0 sm_90 lite prepare" in text
     static.main(["--triton", "3.7.1", "--arch", "sm_90"])
     with pytest.raises(InputError, match="no Triton 3.4.0 .*make tritons TRITONS=3.4.0"):
         static.main(["--triton", "3.4.0"])

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
-from gsr.ops import rows_needed, splat, splat_at
+from gsr.ops import packed, reference, rows_needed, splat, splat_at
+from gsr.ops.arguments import Packed
 from gsr.ops.resize import bicubic, bicubic_at
 
-CHANNELS = (3, 2, 2, 1, 1)  # colour, sigma, offset, rho, opacity
+CHANNELS = 9  # of a Gaussian, see `gsr.ops.reference.direct_gaussians`
 # While the residual is still noise, every step that makes the hidden channels smaller lowers the
 # loss; a ReLU that has reached zero everywhere would stay there, for want of a gradient.
 ACTIVATIONS = {"leaky_relu": functools.partial(F.leaky_relu, negative_slope=0.1), "relu": F.relu}
@@ -34,6 +34,24 @@ class DirectEncoded(NamedTuple):
     rho: Tensor  # [B, K, h, w]
     opacity: Tensor  # [B, K, h, w]
     offset: Tensor  # [B, K, 2, h, w]
+
+
+class DirectPacked(NamedTuple):
+    """The same as kernels read it, see `gsr.ops.arguments.Packed`: 36 bytes a Gaussian.
+
+    `unpack` gives the parameters.
+    """
+
+    lr: Tensor
+    conic: Tensor
+    centre: Tensor
+    blue: Tensor
+
+    def unpack(self) -> DirectEncoded:
+        """The Gaussians, but for rounding, as `DirectHead.encode` gives them elsewhere."""
+        colour, sigma, rho, opacity, offset = reference.unpack(Packed(*self[1:]))
+        assert offset is not None
+        return DirectEncoded(self.lr, colour, sigma, rho, opacity, offset)
 
 
 class DirectHead(nn.Module):
@@ -54,14 +72,14 @@ class DirectHead(nn.Module):
         self.reach, self.sigma_range = c.reach, (0.1, (c.radius + 0.5 - c.reach) / 3)
         self.activation = ACTIVATIONS[c.activation]
         self.hidden = nn.Conv2d(config.encoder.n_feats, c.width, 3, padding=1)
-        self.out = nn.Conv2d(c.width, c.gaussians * sum(CHANNELS), 1)
+        self.out = nn.Conv2d(c.width, c.gaussians * CHANNELS, 1)
         self._start()
 
     def _start(self):
         """Start as bicubic upsampling: no colour, Gaussians spread evenly over the pixel."""
         side = math.ceil(math.sqrt(self.gaussians))
         with torch.no_grad():
-            shape = self.gaussians, sum(CHANNELS), -1
+            shape = self.gaussians, CHANNELS, -1
             weight, bias = (p.view(shape) for p in self.out.parameters())
             weight.mul_(0.1)
             weight[:, :3] = 0
@@ -71,44 +89,48 @@ class DirectHead(nn.Module):
                     centre = (i + 0.5) / side - 0.5
                     bias[k, 5 + axis] = math.atanh(centre / self.reach)
 
-    def encode(self, features: Tensor, lr: Tensor, seeds=None) -> DirectEncoded:
-        """Features [B, C, h, w] and LR [B, 3, h, w] to Gaussians, in float32."""
+    def encode(self, features: Tensor, lr: Tensor, seeds=None) -> DirectEncoded | DirectPacked:
+        """Features [B, C, h, w] and LR [B, 3, h, w] to Gaussians, in float32.
+
+        On CUDA without gradients they are packed.
+        """
         x = self.out(self.activation(self.hidden(features)))
+        arguments = self.gaussians, self.sigma_range, self.reach
+        if packed.serves(x) and lr.dtype == torch.float32:
+            return DirectPacked(lr, *packed.pack(x, *arguments))
         # Planes: what is computed from here on, and the splat, take a parameter at a time.
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
-        x = rearrange(x, "b (k p) h w -> b k p h w", k=self.gaussians)
-        colour, sigma, offset, rho, opacity = x.split(CHANNELS, dim=2)
-        low, high = self.sigma_range
-        return DirectEncoded(
-            lr=lr,
-            colour=colour,
-            sigma=low + (high - low) * torch.sigmoid(sigma),
-            rho=0.95 * torch.tanh(rho[:, :, 0]),
-            opacity=torch.sigmoid(opacity[:, :, 0]),
-            offset=self.reach * torch.tanh(offset),
-        )
+        colour, sigma, rho, opacity, offset = reference.direct_gaussians(x, *arguments)
+        assert offset is not None
+        return DirectEncoded(lr, colour, sigma, rho, opacity, offset)
 
     def rows_needed(self, rows, *, lr_size, size, scale=None) -> tuple[int, int]:
         """See `GaussianSR.rows_needed`; a bicubic tap is within 2."""
         return rows_needed(rows, lr_size[0], size[0], max(self.radius, 2))
 
     def render(
-        self, encoded: DirectEncoded, size, scale=None, *, rows=None, band=None, shared=None
+        self, encoded, size, scale=None, *, rows=None, band=None, shared=None, levels=False
     ) -> Tensor:
-        """See `GaussianSR.render`."""
-        e = encoded
-        residual = splat(
-            e.colour, e.sigma, e.rho, e.opacity, size, e.offset,
-            radius=self.radius, normalize=self.normalize, eps=self.eps, rows=rows, band=band,
-        )  # fmt: skip
-        return bicubic(e.lr, size, rows, band) + residual
+        """See `GaussianSR.render`.
 
-    def query(self, encoded: DirectEncoded, size, coord: Tensor, scale=None) -> Tensor:
+        With `levels` the image as files hold it, clamped: uint8 [B, H, W, 3].
+        """
+        e, how = encoded, (self.radius, self.normalize, self.eps)
+        if isinstance(e, DirectPacked):
+            gaussians = Packed(*e[1:])
+            return packed.splat_packed(gaussians, e.lr, size, *how, rows, band, levels)
+        residual = splat(
+            e.colour, e.sigma, e.rho, e.opacity, size, e.offset, *how, rows=rows, band=band
+        )
+        image = bicubic(e.lr, size, rows, band) + residual
+        return reference.to_levels(image) if levels else image
+
+    def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """See `GaussianSR.query`."""
-        e = encoded
+        e = encoded.unpack() if isinstance(encoded, DirectPacked) else encoded
         points = ((coord + 1) * coord.new_tensor(e.lr.shape[-2:]) - 1) / 2  # LR pixels
         residual = splat_at(
-            e.colour, e.sigma, e.rho, e.opacity, points, e.offset,
-            radius=self.radius, normalize=self.normalize, eps=self.eps,
+            e.colour, e.sigma, e.rho, e.opacity, points, e.offset, self.radius,
+            self.normalize, self.eps,
         )  # fmt: skip
         return bicubic_at(e.lr, coord) + residual
