@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_kernels import load, printed
+
+from tests.kernels.test_kernels import load, printed
 
 pytest.importorskip("triton", reason="triton is not installed: there are no kernels")
 
