@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsr.config import ModelConfig
+from gsr.models.fused import relu_layer
 from gsr.ops import packed, reference, rows_needed, splat, splat_at
 from gsr.ops.arguments import Packed
 from gsr.ops.resize import bicubic, bicubic_at
@@ -94,7 +95,10 @@ class DirectHead(nn.Module):
 
         On CUDA without gradients they are packed.
         """
-        x = self.out(self.activation(self.hidden(features)))
+        if self.activation is F.relu:
+            x = self.out(relu_layer(self.hidden, features))
+        else:
+            x = self.out(self.activation(self.hidden(features)))
         arguments = self.gaussians, self.sigma_range, self.reach
         if packed.serves(x) and lr.dtype == torch.float32:
             return DirectPacked(lr, *packed.pack(x, *arguments))
@@ -128,7 +132,10 @@ class DirectHead(nn.Module):
     def query(self, encoded, size, coord: Tensor, scale=None) -> Tensor:
         """See `GaussianSR.query`."""
         e = encoded.unpack() if isinstance(encoded, DirectPacked) else encoded
-        points = ((coord + 1) * coord.new_tensor(e.lr.shape[-2:]) - 1) / 2  # LR pixels
+        # In LR pixels; by numbers rather than a tensor of them, for which a GPU would wait.
+        y, x = coord.unbind(-1)
+        h, w = e.lr.shape[-2:]
+        points = torch.stack([((y + 1) * h - 1) / 2, ((x + 1) * w - 1) / 2], dim=-1)
         residual = splat_at(
             e.colour, e.sigma, e.rho, e.opacity, points, e.offset, self.radius,
             self.normalize, self.eps,
