@@ -613,7 +613,7 @@ def model_rows(uses: Sequence[Use]) -> list[dict]:
         if use.C == 3 or kind != "packed splat":
             lr = IMAGE[0] // SCALE, IMAGE[1] // SCALE
             s = Shape(use.K, use.C, use.R, *lr, *IMAGE, offset=use.offset)
-            r = {"provider": chip.arch, "sizes": {"C": use.C}}
+            r = {"provider": chip.arch, "sizes": {"K": use.K, "C": use.C}}
             rows.append(model_row(chip, use, s, kind, _at_scale(kind, r)))
     return rows
 

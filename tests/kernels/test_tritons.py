@@ -81,7 +81,7 @@ def test_blocks_by_version(monkeypatch):
 
 
 def row(arch, kind, *, spills=0):
-    config = static._at_scale(kind, {"provider": arch, "sizes": {"C": 3}})
+    config = static._at_scale(kind, {"provider": arch, "sizes": {"K": 9, "C": 3}})
     return schema.row(
         f"lite {kind}", arch, {"C": 3}, config=config, loop={"all": 53},
         resources={"registers": 49, "spills": spills, "stack": spills, "shared": 0},
