@@ -154,9 +154,10 @@ def choose_packed(arch: str, scale: tuple[float, float], cells: tuple[int, int])
     config: Config = {"CELLS": CELLS.get(arch, CELLS["default"]), "num_warps": 1}
     py, px = choose_packed_block(scale, cells, config["CELLS"])
     if arch.startswith("sm_"):
-        # Blackwell's compiler takes a few more, and would spill them.
-        enough = 12 if int(arch[3:]) >= 100 else 16
-        config["maxnreg"] = 128 if py * px <= enough else 168 if py * px <= 16 else 255
+        # Loops of few pixels are unrolled until they need as many registers as large blocks, and
+        # Blackwell's compiler takes a few more; what is not given is spilled.
+        few = 6 <= py * px <= (12 if int(arch[3:]) >= 100 else 16)
+        config["maxnreg"] = 128 if few else 168 if py * px <= 16 else 255
     return {"PY": py, "PX": px, "SPLIT": py > 1 and scale[0] % 1 > 0, **config}
 
 
