@@ -776,7 +776,11 @@ def triton_rows(version: str, arches: list[str], options: Sequence[str] = ()) ->
         report, linker = Path(folder) / "static.json", Path(folder) / "ld.lld"
         # Up to 3.4 Triton calls ROCm's linker when the machine code is there. Nothing will run it,
         # so that without ROCm a copy is enough.
-        linker.write_text('#!/bin/sh\nwhile [ "$2" != -o ]; do shift; done; cp "$1" "$3"\n')
+        # It is asked for its --version too, and has nothing to say.
+        linker.write_text(
+            '#!/bin/sh\nwhile [ $# -gt 3 ] && [ "$2" != -o ]; do shift; done\n'
+            '[ "$2" != -o ] || cp "$1" "$3"\n'
+        )
         linker.chmod(0o755)
         environment = {"TRITON_HIP_LLD_PATH": str(linker), **triton_environment(version)}
         command = [sys.executable, "-m", "bench", "static", "--no-model", "--output", str(report)]
