@@ -162,8 +162,9 @@ def cases(job: Job) -> Iterator[dict]:
     _needs_cuda(job)
     out = _run([sys.executable, "tests/kernels/kernel_cases.py", "--device", "cuda", "--large"])
     failed = {n: c["failures"] for n, c in json.loads(out)["cases"].items() if c["failures"]}
-    out = _run([sys.executable, "tests/kernels/decode_cases.py", "--cuda"])
-    failed |= json.loads(out)["failures"]
+    for script in ("packed_cases.py", "window_cases.py", "decode_cases.py"):
+        out = _run([sys.executable, f"tests/kernels/{script}", "--cuda"])
+        failed |= json.loads(out)["failures"]
     if failed:
         raise InputError(f"{len(failed)} cases of the kernels fail: {failed}")
     yield from ()

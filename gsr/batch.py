@@ -29,7 +29,7 @@ from gsr.plan import (
     limit,
     makes_folder,
     plan,
-)  # fmt: skip
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ class Batch:
         """Upscale the files. Raises InputError only where a single one was asked for."""
         from gsr.inference.strips import progress_bar
 
-        planned = [done for job in jobs if (done := self._try(self._plan, job, job)) is not None]
+        planned = [done for job in jobs if (done := self._try(self._plan, job)) is not None]
         if self.args.dry_run:
             return
         with progress_bar(not self.args.quiet and sys.stderr.isatty()) as self.bar:
@@ -83,12 +83,12 @@ class Batch:
                     if number == 1:  # the time that is left is that of all files
                         self.bar.total = sum(self._work(found) for _, found, _ in planned)
                     self.bar.set_description_str(f"{number} of {len(planned)}")
-                self._try(self._upscale, job, job, found, file)
+                self._try(self._upscale, job, found, file)
 
     def _try(self, step: Any, job: Job, *arguments: Any) -> Any:
         """Take a step of a job; what goes wrong is noted where there are several files."""
         try:
-            return step(*arguments)
+            return step(job, *arguments)
         except InputError as error:
             text = str(error)
             if job.name not in text and str(job.output) not in text:

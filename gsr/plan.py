@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,14 +17,15 @@ PIPE = "-"  # standard input or output
 
 @dataclass
 class Job:
-    """One file to upscale. `name` is what messages call it."""
+    """One file to upscale."""
 
     source: str
     output: Path
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.name = "standard input" if self.source == PIPE else self.source
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "standard input" if self.source == PIPE else self.source
 
 
 class Page(NamedTuple):

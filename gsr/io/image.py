@@ -308,7 +308,7 @@ def check_writable(path: StrPath) -> None:
 def write_image(path: StrPath, array: Pixels) -> None:
     """Write uint8 [H, W, 3] (or [H, W]) to a file, in the format that its suffix says.
 
-    png, jpg (quality 95, 4:4:4), webp (quality 95), tiff or bmp. The file appears whole or not at
+    One of `WRITE_FORMATS`: jpg, webp and avif with quality 95. The file appears whole or not at
     all. Raises InputError for another suffix, a folder that is missing or takes no file, or an
     array of another kind.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,27 +33,7 @@ def depth_in(kind: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 Rows = Callable[[NDArray[Any]], None]
 
 
-class NextPage(Protocol):
-    """Begins the next page or frame; what it returns takes the rows [n, W, channels] of it.
-
-    Args:
-        size: (H, W), pixels.
-        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
-        dtype: what `depth_in` returns for the format: uint8, uint16 or float32.
-        meta: what else the file shall say.
-        white: level of white where it is not the type's largest; TIFF alone says it.
-        duration: milliseconds that a frame of an animation is shown.
-    """
-
-    def __call__(
-        self,
-        size: tuple[int, int],
-        channels: int,
-        dtype: Any = np.uint8,
-        meta: Metadata | None = None,
-        white: float | None = None,
-        duration: float | None = None,
-    ) -> Rows: ...
+NextPage = Callable[..., Rows]  # what `pages_writer` yields
 
 
 @contextmanager
@@ -68,7 +48,16 @@ def image_writer(
 ) -> Generator[Rows]:
     """Yield a function that takes the next rows of an image, [n, W, channels].
 
-    Arguments as of `NextPage` and `pages_writer`, which say what is raised.
+    Args:
+        path: of the file; its suffix says the format.
+        size: (H, W), pixels.
+        channels: 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA).
+        dtype: what `depth_in` returns for the format: uint8, uint16 or float32.
+        meta: what else the file shall say.
+        white: level of white where it is not the type's largest; TIFF alone says it.
+        options: Pillow's for the other formats, such as quality; None is its default.
+
+    Raises what `pages_writer` does.
     """
     total = size[0] * size[1] * channels * np.dtype(dtype).itemsize
     with pages_writer(path, total, options) as next_page:
@@ -84,7 +73,10 @@ def pages_writer(
     animated: bool = False,
     plays: int = 0,
 ) -> Generator[NextPage]:
-    """Yield a function that begins the next page, or frame of an animation; see `NextPage`.
+    """Yield a function that begins the next page, or frame of an animation.
+
+    Its arguments are those of `image_writer`, size, channels, dtype, meta and white, and
+    `duration`, the milliseconds that a frame is shown. What it returns takes that page's rows.
 
     Args:
         path: of the file; its suffix says the format.

@@ -26,7 +26,7 @@ class Node(Protocol):
     """A part of a network that takes rows and gives rows."""
 
     def feed(self, band: Band | None, last: bool) -> Band | None:
-        """Take the next rows of the image, if any, and return those that can be told by now.
+        """Take the next rows of the image, if any, and return those that can be computed by now.
 
         `last` says that no more will come: then all that are left are returned.
         """

@@ -1,19 +1,13 @@
 """The end of a residual branch, in one pass over memory on a GPU."""
 
-from __future__ import annotations
+# pyright: strict, reportPrivateUsage=false
 
-import functools
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+from gsr.ops import operators
 
 
 def add_residual(y: Tensor, bias: Tensor, x: Tensor, scale: float = 1) -> Tensor:
@@ -26,8 +20,7 @@ def add_residual(y: Tensor, bias: Tensor, x: Tensor, scale: float = 1) -> Tensor
     """
     formats = torch.contiguous_format, torch.channels_last
     alike = any(all(t.is_contiguous(memory_format=f) for t in (x, y)) for f in formats)
-    if y.is_cuda and _has_triton() and alike:
-        kernels: Any = import_module("gsr.kernels.residual")
-        return kernels.add_residual(y, bias, x, scale)
+    if operators._runs_triton(y) and alike:
+        return operators._kernels("residual").add_residual(y, bias, x, scale)
     y += bias[:, None, None]
     return torch.add(x, y, alpha=scale, out=y)

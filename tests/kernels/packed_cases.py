@@ -142,5 +142,9 @@ def failures(errors: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    some = [n for n in CASES if not sys.argv[1:] or any(part in n for part in sys.argv[1:])]
-    print(json.dumps({name: run_case(name) for name in some}))
+    on = "cuda" if "--cuda" in sys.argv else "cpu"
+    parts = [part for part in sys.argv[1:] if part != "--cuda"]
+    some = [n for n in CASES if not parts or any(part in n for part in parts)]
+    found = {name: run_case(name, on) for name in some}
+    wrong = {name: failures(errors) for name, errors in found.items() if failures(errors)}
+    print(json.dumps({"failures": wrong} if on == "cuda" else found))
